@@ -1,0 +1,75 @@
+# `make demo` and `make test` need Python (3.10 or newer) and g++, and set up the rest in .venv.
+PYTHON ?= python3
+CXX ?= g++
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help build demo test test-all bench lint format sanitize clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The kernels are compiled before the large downloads: a missing compiler is noticed in seconds, and the editable
+# install finds the objects done. A torch that $(PYTHON) already has is used as it is, whatever its version.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastgpt needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make a virtual environment: install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV)"; rm -rf $(VENV)
+	@$(PYTHON) -m venv --system-site-packages $(VENV)
+	@if $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; then \
+		grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
+	fi
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt setuptools pybind11 ninja
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@
+
+build: $(READY)  ## compile what has changed in csrc
+	$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build  ## train a small GPT on three paths, side by side, and let it write
+	$(BIN)/fastgpt demo
+
+test: build  ## the tests, without the slow ones
+	$(PYTEST) -q -m "not slow" --durations=15
+
+test-all: build  ## all tests
+	$(PYTEST) -q --durations=30
+
+bench: build  ## the quick benchmark suite
+	$(BIN)/python -m benchmarks --suite quick
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastgpt kernels/fastgpt_kernels benchmarks
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)  ## let ruff and clang-format put the files in shape
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# A second build of everything in build/sanitize; Python itself is not instrumented, so the run-time is preloaded. The
+# first command proves that the instrumented module is the one under test. A finding aborts, with Python's traceback.
+SANITIZED = PYTHONPATH=build/sanitize/lib LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so) \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
+SANITIZE_TESTS = -q --capture=sys -o pythonpath="build/sanitize/lib tests" -k cpu tests/test_ops.py
+sanitize: $(READY)  ## the op tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTGPT_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	$(SANITIZED) $(BIN)/python -c \
+		'import fastgpt_kernels as k; assert "build/sanitize/lib" in k.load_cpu().__file__, k.load_cpu().__file__'
+	$(SANITIZED) FASTGPT_CPU_ISA=generic $(PYTEST) $(SANITIZE_TESTS)
+	$(SANITIZED) $(PYTEST) $(SANITIZE_TESTS)
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f kernels/fastgpt_kernels/*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+// GELU of x + bias, and its gradient: gelu(z) = z * cdf(z), by the error function or its tanh approximation
+// (Hendrycks and Gimpel, arXiv:1606.08415). z = x + bias is not rounded to the input's type.
+
+#include "export.h"
+#include "math.h"
+#include "parallel.h"
+#include "reduce.h"
+
+namespace fg::FG_LEVEL {
+namespace {
+
+template <class T, int A>
+void forward_range(const T* x, const T* bias, T* y, int64_t count) {
+  if (bias == nullptr) {
+    for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      const F z = load(x + j, lanes);
+      store(y + j, z * gate<A>(z).cdf, lanes);
+    });
+  } else {
+    for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      const F z = load(x + j, lanes) + load(bias + j, lanes);
+      store(y + j, z * gate<A>(z).cdf, lanes);
+    });
+  }
+}
+
+// dx may be null; with dbias (fp32) the row's gradient is added to it.
+template <class T, int A, bool HasBias, bool NeedBias>
+void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count) {
+  for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    F z = load(x + j, lanes);
+    if constexpr (HasBias) z = z + load(bias + j, lanes);
+    const Gate g = gate<A>(z);
+    const F d = load(dy + j, lanes) * fma(z, g.pdf, g.cdf);
+    if (dx != nullptr) store(dx + j, d, lanes);
+    if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
+  });
+}
+
+template <class Body>
+void with_kind(int dtype, int approximate, const Body& body) {
+  with_dtype(dtype, [&](auto type) {
+    if (approximate == kErf) {
+      body(type, Constant<kErf>{});
+    } else {
+      body(type, Constant<kTanh>{});
+    }
+  });
+}
+
+}  // namespace
+
+// x [rows, n] contiguous; bias [n] or null.
+void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n, int dtype, int approximate,
+              int num_threads) {
+  if (bias == nullptr) {  // rows mean nothing: equal pieces of the whole
+    const int64_t total = rows * n;
+    n = min_of(total, 16 * 1024);
+    rows = n > 0 ? ceil_div(total, n) : 0;
+    with_kind(dtype, approximate, [&](auto type, auto kind) {
+      using T = typename decltype(type)::type;
+      parallel_chunks(rows, 1, total, num_threads, [&](int64_t i, int64_t) {
+        const int64_t at = i * n;
+        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + at, nullptr, static_cast<T*>(y) + at,
+                                                min_of(n, total - at));
+      });
+    });
+    return;
+  }
+  with_kind(dtype, approximate, [&](auto type, auto kind) {
+    using T = typename decltype(type)::type;
+    parallel_chunks(rows, rows_per_chunk(n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
+                                                static_cast<T*>(y) + i * n, n);
+      }
+    });
+  });
+}
+
+// dx, dbias: null where not needed; bias null where there is none.
+void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* dbias, int64_t rows, int64_t n, int dtype,
+              int approximate, int num_threads) {
+  if (dbias == nullptr) {
+    const int64_t total = rows * n;
+    if (bias == nullptr) {
+      n = min_of(total, 16 * 1024);
+      rows = n > 0 ? ceil_div(total, n) : 0;
+    }
+    with_kind(dtype, approximate, [&](auto type, auto kind) {
+      using T = typename decltype(type)::type;
+      constexpr int A = decltype(kind)::value;
+      parallel_chunks(rows, rows_per_chunk(n), total, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t at = i * n, count = min_of(n, total - at);
+          const T *dy_i = static_cast<const T*>(dy) + at, *x_i = static_cast<const T*>(x) + at;
+          T* dx_i = static_cast<T*>(dx) + at;
+          if (bias == nullptr) {
+            backward_range<T, A, false, false>(dy_i, x_i, nullptr, dx_i, nullptr, count);
+          } else {
+            backward_range<T, A, true, false>(dy_i, x_i, static_cast<const T*>(bias), dx_i, nullptr, count);
+          }
+        }
+      });
+    });
+    return;
+  }
+  const Parts parts(rows);
+  Scratch sums(parts.count * n);
+  with_kind(dtype, approximate, [&](auto type, auto kind) {
+    using T = typename decltype(type)::type;
+    parallel_chunks(rows, max_of(1, parts.size), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+      Scratch block(n);
+      float* own = sums.data + begin / parts.size * n;
+      std::memset(own, 0, static_cast<uint64_t>(n) * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) {
+        if ((i - begin) % kFlushRows == 0) std::memset(block.data, 0, static_cast<uint64_t>(n) * sizeof(float));
+        backward_range<T, decltype(kind)::value, true, true>(
+            static_cast<const T*>(dy) + i * n, static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
+            dx != nullptr ? static_cast<T*>(dx) + i * n : nullptr, block.data, n);
+        if ((i - begin) % kFlushRows == kFlushRows - 1 || i + 1 == end) add_into(own, block.data, n);
+      }
+    });
+    reduce_parts(sums.data, parts.count, n, n, static_cast<T*>(dbias), num_threads);
+  });
+}
+
+}  // namespace fg::FG_LEVEL
+
+FG_EXPORTS(gelu, FG_EXPORT(gelu_fwd), FG_EXPORT(gelu_bwd))

@@ -1,0 +1,252 @@
+// LayerNorm over the last dimension, and its gradient.
+//
+//   y = (s - mean) * rstd * w + b,  s = x + residual rounded to the residual's type
+//   dx = rstd * (w dy - c1 - xhat * c2) + dstream,  c1 = mean(w dy), c2 = mean(w dy * xhat), xhat = (s - mean) * rstd
+//   dw = sum_rows dy * xhat,  db = sum_rows dy
+//
+// Each row is read from memory once: converted to fp32 scratch, which stays in cache for the passes that follow.
+// Statistics are two-pass with a correction: sum(s - mean) repairs what rounding did to the mean, so that data with a
+// large mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7).
+
+#include "export.h"
+#include "parallel.h"
+#include "reduce.h"
+
+namespace fg::FG_LEVEL {
+namespace {
+
+// A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none.
+class Parameter {
+ public:
+  Parameter(const void* p, int dtype, int64_t n, float fill) : scratch_(p != nullptr && dtype == F32 ? 0 : n) {
+    if (p != nullptr && dtype == F32) {
+      data = static_cast<const float*>(p);
+      return;
+    }
+    float* copy = scratch_.data;
+    data = copy;
+    if (p == nullptr) {
+      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, set(fill), lanes); });
+      return;
+    }
+    with_dtype(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* from = static_cast<const T*>(p);
+      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(from + j, lanes), lanes); });
+    });
+  }
+  const float* data;
+
+ private:
+  Scratch scratch_;
+};
+
+struct Stats {
+  float mean, shift, rstd;  // the mean is mean + shift: kept apart, because (x - mean) is exact for x near it
+};
+
+Stats row_stats(const float* row, float sum, int64_t n, float eps) {
+  const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
+  const float mean = sum * inverse_n;
+  float d_sum = 0.0f, d_squares = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += kSegment) {
+    const int64_t count = min_of(kSegment, n - begin);
+    F s[2] = {set(0.0f), set(0.0f)}, q[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+    for_lanes<4>(count, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+      const F d = keep(load(row + begin + j, lanes) - set(mean), lanes, set(0.0f));
+      s[u % 2] = s[u % 2] + d;
+      q[u] = fma(d, d, q[u]);
+    });
+    d_sum += hsum(s[0] + s[1]);
+    d_squares += hsum((q[0] + q[1]) + (q[2] + q[3]));
+  }
+  const float shift = d_sum * inverse_n;
+  const float variance = (d_squares - d_sum * shift) * inverse_n;
+  return {mean, shift, 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)};
+}
+
+struct Forward {
+  const void *x, *residual;
+  void *y, *stream;
+  float *mean, *rstd;
+  int64_t rows, n, x_stride, residual_stride;
+  float eps;
+};
+
+template <class T, class R, bool HasResidual>
+void forward_rows(const Forward& a, const float* w, const float* b, int64_t begin, int64_t end) {
+  constexpr bool kInPlace = !HasResidual && sizeof(T) == 4;  // fp32 rows need no conversion, hence no scratch
+  Scratch scratch(kInPlace ? 0 : a.n);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
+    const float* row = scratch.data;
+    if constexpr (kInPlace) row = x;
+    float sum;
+    if constexpr (HasResidual) {
+      const R* residual = static_cast<const R*>(a.residual) + i * a.residual_stride;
+      R* stream = static_cast<R*>(a.stream) + i * a.n;
+      sum = sum_lanes(a.n, [&](int64_t j, auto lanes) FG_LAMBDA {
+        F s = load(x + j, lanes) + load(residual + j, lanes);
+        store(stream + j, s, lanes);
+        if constexpr (sizeof(R) == 2) s = load(stream + j, lanes);  // y is of the rounded stream
+        store(scratch.data + j, s, lanes);
+        return keep(s, lanes, set(0.0f));
+      });
+    } else if constexpr (kInPlace) {
+      sum = sum_lanes(a.n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes); });
+    } else {
+      sum = sum_lanes(a.n, [&](int64_t j, auto lanes) FG_LAMBDA {
+        const F s = load(x + j, lanes);
+        store(scratch.data + j, s, lanes);
+        return s;
+      });
+    }
+    const Stats stats = row_stats(row, sum, a.n, a.eps);
+    store_scalar(a.mean + i, stats.mean + stats.shift);
+    store_scalar(a.rstd + i, stats.rstd);
+    T* y = static_cast<T*>(a.y) + i * a.n;
+    const F mean = set(stats.mean), rstd = set(stats.rstd), offset = set(stats.shift * stats.rstd);
+    for_lanes<2>(a.n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      const F xhat = (load(row + j, lanes) - mean) * rstd - offset;
+      store(y + j, fma(xhat, load(w + j, lanes), load(b + j, lanes)), lanes);
+    });
+  }
+}
+
+struct Backward {
+  const void *dy, *dstream, *x;
+  const float *mean, *rstd;
+  void *dx, *dresidual;
+  int64_t n, dy_stride, x_stride;
+  bool need_params;
+};
+
+// T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to.
+template <class T, class X>
+void backward_rows(const Backward& a, const float* w, float* dw, float* db, float* scratch, int64_t begin, int64_t end) {
+  const int64_t n = a.n;
+  const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
+  float *xhat = scratch, *wdy = scratch + n;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
+    const X* x = static_cast<const X*>(a.x) + i * a.x_stride;
+    const F mean = set(load_scalar(a.mean + i)), rstd = set(load_scalar(a.rstd + i));
+    float c1 = 0.0f, c2 = 0.0f;
+    const auto first_pass = [&](auto with_params) FG_LAMBDA {
+      for (int64_t segment = 0; segment < n; segment += kSegment) {
+        F s1[2] = {set(0.0f), set(0.0f)}, s2[2] = {set(0.0f), set(0.0f)};
+        for_lanes<2>(min_of(kSegment, n - segment), [&](int64_t k, int u, auto lanes) FG_LAMBDA {
+          const int64_t j = segment + k;
+          const F g = load(dy + j, lanes);
+          const F h = keep((load(x + j, lanes) - mean) * rstd, lanes, set(0.0f));
+          const F wg = g * load(w + j, lanes);
+          s1[u] = s1[u] + wg;
+          s2[u] = fma(wg, h, s2[u]);
+          store(xhat + j, h, lanes);
+          store(wdy + j, wg, lanes);
+          if constexpr (decltype(with_params)::value) {
+            store(dw + j, fma(g, h, load(dw + j, lanes)), lanes);
+            store(db + j, g + load(db + j, lanes), lanes);
+          }
+        });
+        c1 += hsum(s1[0] + s1[1]);
+        c2 += hsum(s2[0] + s2[1]);
+      }
+    };
+    if (a.need_params) {
+      first_pass(Constant<true>{});
+    } else {
+      first_pass(Constant<false>{});
+    }
+    if (a.dx == nullptr) continue;
+    T* dx = static_cast<T*>(a.dx) + i * n;
+    const X* dstream = static_cast<const X*>(a.dstream) + (a.dstream != nullptr ? i * n : 0);
+    X* dresidual = static_cast<X*>(a.dresidual) + (a.dresidual != nullptr ? i * n : 0);
+    const F m1 = set(c1 * inverse_n), m2 = set(c2 * inverse_n);
+    for_lanes<2>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      F d = rstd * fnma(load(xhat + j, lanes), m2, load(wdy + j, lanes) - m1);
+      if (a.dstream != nullptr) d = d + load(dstream + j, lanes);
+      store(dx + j, d, lanes);
+      if (a.dresidual != nullptr) store(dresidual + j, d, lanes);
+    });
+  }
+}
+
+// A part's rows, its dw and db (side by side) into `sums`.
+template <class T, class X>
+void backward_part(const Backward& a, const float* w, float* sums, int64_t begin, int64_t end) {
+  const int64_t n = a.n;
+  Scratch scratch(4 * n);
+  float *dw = scratch.data, *rows = scratch.data + 2 * n;
+  if (!a.need_params) return backward_rows<T, X>(a, w, nullptr, nullptr, rows, begin, end);
+  std::memset(sums, 0, static_cast<uint64_t>(2 * n) * sizeof(float));
+  for (int64_t i = begin; i < end; i += kFlushRows) {
+    std::memset(dw, 0, static_cast<uint64_t>(2 * n) * sizeof(float));
+    backward_rows<T, X>(a, w, dw, dw + n, rows, i, min_of(i + kFlushRows, end));
+    add_into(sums, dw, 2 * n);
+  }
+}
+
+template <class Body>
+void with_dtypes(int t, int x, const Body& body) {  // the wider type is t itself or fp32
+  with_dtype(t, [&](auto type) {
+    if (x == F32) {
+      body(type, Type<float>{});
+    } else {
+      body(type, type);
+    }
+  });
+}
+
+}  // namespace
+
+// residual and stream, weight, bias: null where absent. Strides are between rows, in elements; y, stream are contiguous.
+void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias, void* y, void* stream,
+                    float* mean, float* rstd, int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride,
+                    int x_dtype, int residual_dtype, int weight_dtype, double eps, int num_threads) {
+  const Parameter w(weight, weight_dtype, n, 1.0f), b(bias, weight_dtype, n, 0.0f);
+  const Forward a{x,    residual, y, stream,   mean,            rstd,
+                  rows, n,        x_stride, residual_stride, static_cast<float>(eps)};
+  parallel_chunks(rows, rows_per_chunk(n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+    if (residual == nullptr) {
+      return with_dtype(x_dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        forward_rows<T, T, false>(a, w.data, b.data, begin, end);
+      });
+    }
+    with_dtypes(x_dtype, residual_dtype, [&](auto type, auto residual_type) {
+      using T = typename decltype(type)::type;
+      using R = typename decltype(residual_type)::type;
+      forward_rows<T, R, true>(a, w.data, b.data, begin, end);
+    });
+  });
+}
+
+// dx, dresidual, dw, db: null where not needed; dstream null where there is none.
+void layer_norm_bwd(const void* dy, const void* dstream, const void* x, const void* weight, const float* mean,
+                    const float* rstd, void* dx, void* dresidual, void* dw, void* db, int64_t rows, int64_t n,
+                    int64_t dy_stride, int64_t x_stride, int dy_dtype, int x_dtype, int weight_dtype,
+                    int num_threads) {
+  const Parameter w(weight, weight_dtype, n, 1.0f);
+  const bool need_params = dw != nullptr || db != nullptr;
+  const Backward a{dy, dstream, x, mean, rstd, dx, dresidual, n, dy_stride, x_stride, need_params};
+  const Parts parts(rows);
+  Scratch sums(need_params ? parts.count * 2 * n : 0);
+  const int64_t step = need_params ? parts.size : rows_per_chunk(n);
+  parallel_chunks(rows, max_of(1, step), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+    float* own = need_params ? sums.data + begin / step * 2 * n : nullptr;
+    with_dtypes(dy_dtype, x_dtype, [&](auto type, auto x_type) {
+      backward_part<typename decltype(type)::type, typename decltype(x_type)::type>(a, w.data, own, begin, end);
+    });
+  });
+  if (!need_params) return;
+  with_dtype(weight_dtype, [&](auto type) {
+    using P = typename decltype(type)::type;
+    reduce_parts(sums.data, parts.count, 2 * n, n, static_cast<P*>(dw), num_threads);
+    reduce_parts(sums.data + n, parts.count, 2 * n, n, static_cast<P*>(db), num_threads);
+  });
+}
+
+}  // namespace fg::FG_LEVEL
+
+FG_EXPORTS(layer_norm, FG_EXPORT(layer_norm_fwd), FG_EXPORT(layer_norm_bwd))

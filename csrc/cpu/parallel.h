@@ -1,0 +1,71 @@
+// Work in fixed parts: how rows are split depends on the shape alone, never on the number of threads, so that
+// every sum has one order and results are bitwise the same for any thread count.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace fg::FG_LEVEL {
+
+// Below this many elements a second thread costs more (a few microseconds) than it saves.
+constexpr int64_t kParallelElements = 32 * 1024;
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// body(begin, end) over [0, count) in chunks of `chunk`, handed to whichever thread is free.
+template <class Body>
+inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads, const Body& body) {
+  const int64_t chunks = ceil_div(count, chunk);
+  const int threads = elements < kParallelElements ? 1 : static_cast<int>(min_of(chunks, num_threads));
+  if (threads <= 1) {  // no OpenMP region: entering one costs more than a small tensor
+    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+}
+
+// Rows per chunk so that a chunk is some 64K elements: small enough to balance, large enough to hide the hand-out.
+inline int64_t rows_per_chunk(int64_t cols) { return max_of(1, (64 * 1024) / max_of(1, cols)); }
+
+// Fixed parts for sums over rows: at least 64 rows each, at most 64 parts.
+struct Parts {
+  int64_t rows, count, size;
+  explicit Parts(int64_t rows) : rows(rows), count(min_of(64, ceil_div(rows, 64))), size(0) {
+    if (count > 0) {
+      size = ceil_div(rows, count);
+      count = ceil_div(rows, size);
+    }
+  }
+};
+
+// Rows added into one accumulator before it is flushed into the part's own: two levels keep long sums accurate.
+constexpr int64_t kFlushRows = 64;
+
+// fp32 scratch memory, aligned to a cache line; small sizes live on the stack.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    const uint64_t bytes = (static_cast<uint64_t>(floats) * 4 + 127) & ~uint64_t{63};
+    if (bytes <= sizeof(local_)) {
+      data = local_;
+      return;
+    }
+    heap_ = std::malloc(bytes + 64);
+    if (heap_ == nullptr) __builtin_trap();
+    data = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(heap_) + 63) & ~uintptr_t{63});
+  }
+  ~Scratch() { std::free(heap_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* data = nullptr;
+
+ private:
+  void* heap_ = nullptr;
+  alignas(64) float local_[4096];
+};
+
+}  // namespace fg::FG_LEVEL

@@ -1,0 +1,28 @@
+// Sums over rows: per fixed part in fp32, then over the parts in order.
+#pragma once
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace fg::FG_LEVEL {
+
+inline void add_into(float* to, const float* from, int64_t n) {
+  for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    store(to + j, load(to + j, lanes) + load(from + j, lanes), lanes);
+  });
+}
+
+// out[j] = sum over parts of sums[part * stride + j], rounded once; out may be null.
+template <class T>
+void reduce_parts(const float* sums, int64_t parts, int64_t stride, int64_t n, T* out, int num_threads) {
+  if (out == nullptr) return;
+  parallel_chunks(n, 1024, parts * n, num_threads, [&](int64_t begin, int64_t end) {
+    for_lanes<1>(end - begin, [&](int64_t k, int, auto lanes) FG_LAMBDA {
+      F total = set(0.0f);
+      for (int64_t p = 0; p < parts; ++p) total = total + load(sums + p * stride + begin + k, lanes);
+      store(out + begin + k, total, lanes);
+    });
+  });
+}
+
+}  // namespace fg::FG_LEVEL

@@ -1,0 +1,7 @@
+"""`python -m fastgpt`."""
+
+import sys
+
+from fastgpt.cli import main
+
+sys.exit(main())

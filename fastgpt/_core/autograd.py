@@ -1,0 +1,32 @@
+"""What the custom autograd Functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def needs_graph(args: Sequence[Any]) -> bool:
+    """Whether autograd will want a backward for a call with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def double_backward_wanted() -> bool:
+    """True inside a backward that must itself be differentiable (`create_graph=True`)."""
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled()
+
+
+def backward_through(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `function(*inputs)` that can be differentiated again: the reference, by autograd.
+
+    None for an input that is None or needs no gradient.
+    """
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    output = function(*inputs)
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if tensor is not None and tensor.requires_grad else None for tensor in inputs)

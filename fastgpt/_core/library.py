@@ -1,0 +1,54 @@
+"""torch.library registration made from the SPEC, and the one switch between it and a direct call.
+
+Every entry of every backend is an op of its own (`fastgpt::layer_norm_fwd_cpu`), so that the backend can be read
+off a trace. In plain eager mode the registered op is bypassed: the dispatcher costs more than a small kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastgpt._core.spec import OpSpec
+
+_LIBRARY = torch.library.Library("fastgpt", "DEF")
+_DIRECT: dict[str, Callable[..., Any]] = {}
+_REGISTERED: dict[str, Callable[..., Any]] = {}
+_DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+
+# Exact types only: a subclass (FakeTensor, DTensor, FunctionalTensor, ...) may hold no memory of its own.
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+
+
+def define(spec: OpSpec, backend: str, module: ModuleType) -> None:
+    """Register every entry of `spec` as implemented by `module`."""
+    for suffix, entry in spec.entries.items():
+        name = f"{spec.name}_{suffix}_{backend}"
+        function = getattr(module, f"{spec.name}_{suffix}")
+        _LIBRARY.define(name + entry.schema)
+        _LIBRARY.impl(name, function, _DISPATCH_KEYS.get(backend, "CompositeExplicitAutograd"))
+        torch.library.register_fake(f"fastgpt::{name}", entry.fake, lib=_LIBRARY)
+        _DIRECT[name] = function
+        _REGISTERED[name] = getattr(torch.ops.fastgpt, name).default
+
+
+def call(entry: str, backend: str, *args: Any) -> Any:
+    """Run `entry` ("layer_norm_fwd") of `backend`."""
+    name = f"{entry}_{backend}"
+    if _plain_eager(args):
+        return _DIRECT[name](*args)
+    return _REGISTERED[name](*args)
+
+
+def _plain_eager(args: tuple[Any, ...]) -> bool:
+    """True if nothing but an ordinary eager call could be going on, so that raw pointers are safe to take."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(arg) in _PLAIN_TYPES for arg in args)

@@ -1,0 +1,88 @@
+"""All ops by name, and for each op and backend its module or the reason why there is none."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastgpt._core.spec import BACKENDS, OpSpec
+
+_SPECS: dict[str, OpSpec] = {}
+_MODULES: dict[tuple[str, str], ModuleType | str] = {}
+_noted: set[str] = set()
+
+# From a checkout that was not installed, the kernels' source root lies beside this package.
+if importlib.util.find_spec("fastgpt_kernels") is None:
+    _SOURCE_ROOT = Path(__file__).resolve().parents[2] / "kernels"
+    if (_SOURCE_ROOT / "fastgpt_kernels").is_dir():
+        sys.path.append(str(_SOURCE_ROOT))
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Make an op known, with every backend that has a module for it. A duplicate name raises."""
+    if spec.name in _SPECS:
+        raise ValueError(f"op {spec.name!r} is registered already")
+    from fastgpt._core import library
+
+    for backend in BACKENDS:
+        module = _load(spec.name, backend)
+        _MODULES[spec.name, backend] = module
+        if isinstance(module, ModuleType):
+            library.define(spec, backend, module)
+    _SPECS[spec.name] = spec
+    return spec
+
+
+def ops() -> tuple[OpSpec, ...]:
+    """All registered ops, in the order of their registration."""
+    return tuple(_SPECS.values())
+
+
+def get(name: str) -> OpSpec:
+    """The op called `name`; ValueError naming those that exist."""
+    try:
+        return _SPECS[name]
+    except KeyError:
+        raise ValueError(f"op: expected one of {', '.join(_SPECS)}, got {name!r}") from None
+
+
+def module(op: str, backend: str) -> ModuleType | str:
+    """The module that implements `op` on `backend`, or the reason why there is none."""
+    return _MODULES[op, backend]
+
+
+def _load(op: str, backend: str) -> ModuleType | str:
+    if backend == "reference":
+        return importlib.import_module(f"fastgpt.reference.{op}")
+    if backend in ("triton", "cuda") and not (torch.cuda.is_available() or _interpreting()):
+        return "no GPU here"
+    name = f"fastgpt_kernels.{backend}.{op}"
+    try:
+        if importlib.util.find_spec(name) is None:
+            return f"no {backend} kernel for {op} yet"
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return f"no {backend} kernel for {op} yet" if name.startswith(error.name or "?") else str(error)
+    except ImportError as error:  # a compiled module that is missing or stale says so
+        _note_unavailable(backend, str(error))
+        return str(error)
+
+
+def _note_unavailable(backend: str, reason: str) -> None:
+    """A backend that should be here and is not is never passed over silently: one warning each."""
+    if backend not in _noted:
+        _noted.add(backend)
+        warnings.warn(
+            f"fastgpt: the {backend} kernels cannot be used: {reason}", RuntimeWarning, stacklevel=2
+        )
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,128 @@
+"""What an op declares about itself, once: its entry points, its proof and its cost.
+
+The registry feeds one `OpSpec` to everything else: torch.library registration (`library.py`), the choice of a
+backend (`dispatch.py`), the generated tests (`fastgpt.testing`) and the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.reference.common import Condition
+
+# Every backend there can be, in no order of preference; `orders` of an op says which is tried first.
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
+
+DEFAULT_ORDERS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch", "reference"),
+    "cuda": ("triton", "cuda", "torch", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One function that every backend module of an op has, as torch.library needs to know it.
+
+    schema: "(Tensor x, float eps) -> (Tensor, Tensor)".
+    fake: the same signature; returns empty tensors of the right shape, dtype and device.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+
+
+class Cost(NamedTuple):
+    """What one call must move and compute at the least, for "fraction of the limit" in benchmarks."""
+
+    fwd_bytes: int
+    bwd_bytes: int
+    fwd_flops: int
+    bwd_flops: int
+
+
+class Draw:
+    """Seeded random inputs, the same on every device and for every backend."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = torch.device(device)
+
+    def normal(
+        self, shape: Sequence[int], dtype: torch.dtype, *, mean: float = 0.0, std: float = 1.0
+    ) -> Tensor:
+        values = torch.randn(tuple(shape), generator=self.generator, dtype=torch.float32)
+        return values.mul_(std).add_(mean).to(dtype).to(self.device)
+
+    def bernoulli(self, shape: Sequence[int], probability: float) -> Tensor:
+        """A boolean tensor, True with `probability`."""
+        return (torch.rand(tuple(shape), generator=self.generator) < probability).to(self.device)
+
+    def integers(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
+        """An int64 tensor in [low, high)."""
+        return torch.randint(low, high, tuple(shape), generator=self.generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: the shape of its main input and the options that `OpSpec.make_inputs` understands.
+
+    mixed: the case exists only for bf16 and fp16 (inputs of two dtypes).
+    """
+
+    shape: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mixed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Readable and unique within an op: "7x1600-residual-mean_1000"."""
+        parts = ["x".join(map(str, self.shape))]
+        for key, value in self.options.items():
+            parts.append(key if value is True else f"{key}_{value}")
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: see `fastgpt/ops/layer_norm.py` for a whole example.
+
+    name: the stem of all its files.
+    function: the public function, `function(**inputs, backend=...)`.
+    prepare: public signature without `backend`; validates, applies autocast, returns the arguments of `fwd`.
+    reference: the definition in plain PyTorch, differentiable, exact in fp64; `reference(**inputs)`.
+    condition: `condition(inputs, grads)` in fp64, where inputs are the keyword arguments of `function` and
+        grads the gradients of its outputs by name; returns a `Condition` per output ("y") and per gradient
+        ("dx", "dweight": "d" + the name of the input). Both must be of broadcastable shape.
+    outputs: names of the outputs in order; a call may return fewer (no residual: no stream).
+    gradients: names of the inputs that can have a gradient.
+    c: the constant of the error bound.
+    make_inputs: `make_inputs(case, dtype, draw)`: the keyword arguments of `function`.
+    cases, bench_cases: what tests and benchmarks run.
+    cost: `cost(case, dtype)`.
+    baseline: what a PyTorch user would write, `baseline(**inputs)`: differentiable, eager or compiled.
+    orders: by device type, which backend is tried first.
+    rule: None, or a pure function of the prepared arguments (dtype, widths and options; never the row count):
+        the backend to put first for this call, or None.
+    """
+
+    name: str
+    entries: Mapping[str, Entry]
+    function: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]]
+    reference: Callable[..., Any]
+    condition: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Condition]]
+    outputs: tuple[str, ...]
+    gradients: tuple[str, ...]
+    make_inputs: Callable[[Case, torch.dtype, Draw], dict[str, Any]]
+    cases: tuple[Case, ...]
+    bench_cases: tuple[Case, ...]
+    cost: Callable[[Case, torch.dtype], Cost]
+    baseline: Callable[..., Any]
+    c: float = 16.0
+    orders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DEFAULT_ORDERS)
+    rule: Callable[..., str | None] | None = None

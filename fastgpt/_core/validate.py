@@ -1,0 +1,64 @@
+"""The checks that public functions share: each raises one line saying what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, value: Any) -> None:
+    """`value` is a floating-point tensor of at least one dimension."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating dtype ({_names(FLOATING)}), got {value.dtype}")
+    if value.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
+
+
+def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype], because: str) -> None:
+    """`because` names the tensor and dtype that `allowed` follows from: "x is torch.bfloat16"."""
+    if value.dtype not in allowed:
+        raise TypeError(f"{name}: expected {_names(allowed)} ({because}), got {value.dtype}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected it on {other.device} as {other_name}, got {value.device}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def mask(name: str, value: Any, other_name: str, other: Tensor, scores: Sequence[int]) -> None:
+    """A mask for scores of the given shape: boolean, or float in `other`'s dtype or fp32 (fp64 with fp64)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    allowed = (
+        (torch.bool, other.dtype)
+        if other.dtype == torch.float64
+        else (torch.bool, other.dtype, torch.float32)
+    )
+    dtype(name, value, allowed, f"{other_name} is {other.dtype}")
+    same_device(name, value, other_name, other)
+    sizes = (1,) * (len(scores) - value.dim()) + tuple(value.shape)
+    if len(sizes) != len(scores) or any(m not in (1, s) for m, s in zip(sizes, scores, strict=True)):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {tuple(scores)}, got {tuple(value.shape)}"
+        )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,236 @@
+"""The GPT: a decoder-only transformer in GPT-2's arrangement (Radford et al. 2019) on the fused ops."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.models import checkpoint
+from fastgpt.nn import ACTIVATIONS, Backend, Block, LayerNorm, PositionalEncoding
+
+IGNORE_INDEX = -100  # targets that do not count, as in F.cross_entropy
+POSITIONS = ("learned", "sinusoidal")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that defines a GPT; `backend` only says which kernels run it and is not saved.
+
+    `positions`: "learned" (GPT-2), or "sinusoidal", where token embeddings are scaled by sqrt(embedding_dim)
+    as in "Attention Is All You Need", section 3.4. `dropout` acts on the embeddings and on the output of
+    every branch. `hidden_dim` defaults to 4 * embedding_dim.
+    """
+
+    vocab_size: int
+    embedding_dim: int
+    num_heads: int
+    num_layers: int
+    max_seq_length: int
+    pad_idx: int | None = None
+    hidden_dim: int | None = None
+    positions: str = "learned"
+    activation: str = "gelu_tanh"
+    dropout: float = 0.0
+    bias: bool = True
+    tie_output: bool = True
+    layer_norm_eps: float = 1e-5
+    backend: Backend = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_dim", "num_heads", "num_layers", "max_seq_length", "hidden_dim"):
+            value = getattr(self, name)
+            if name == "hidden_dim" and value is None:
+                object.__setattr__(self, name, 4 * self.embedding_dim)
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.embedding_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embedding_dim={self.embedding_dim}, got {self.num_heads}"
+            )
+        pad = self.pad_idx
+        if pad is not None and (not isinstance(pad, int) or not 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_idx: expected None or a token id in [0, {self.vocab_size}), got {pad!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
+            raise ValueError(f"layer_norm_eps: expected a number > 0, got {self.layer_norm_eps!r}")
+        for name in ("bias", "tie_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> GPTConfig:
+        known = [f.name for f in fields(cls) if f.name != "backend"]
+        required = ("vocab_size", "embedding_dim", "num_heads", "num_layers", "max_seq_length")
+        unknown = sorted(set(values) - set(known))
+        missing = [name for name in required if name not in values]
+        if unknown or missing:
+            what = f"unexpected {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
+            raise ValueError(f"{source}: expected the fields {', '.join(known)}, got {what}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["backend"]
+        return values
+
+
+class GPT(nn.Module):
+    """`GPT(vocab_size, embedding_dim, num_heads, num_layers, max_seq_length, pad_idx)` or `GPT(GPTConfig(...))`.
+
+    `model(tokens)` gives logits [B, T, vocab_size] for int64 or int32 tokens [B, T];
+    `model(tokens, targets)` gives the mean cross-entropy in nats, fp32, where targets [B, T] are already
+    shifted (targets[t] is what follows tokens[t]) and those equal to `pad_idx` or -100 do not count.
+    Tokens equal to `pad_idx` are hidden from attention.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int | GPTConfig,
+        embedding_dim: int | None = None,
+        num_heads: int | None = None,
+        num_layers: int | None = None,
+        max_seq_length: int | None = None,
+        pad_idx: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(vocab_size, GPTConfig):
+            if options or any(a is not None for a in (embedding_dim, num_heads, num_layers, max_seq_length, pad_idx)):
+                raise TypeError("GPT(config): expected nothing beside the GPTConfig")
+            config = vocab_size
+        else:
+            config = GPTConfig(
+                vocab_size, embedding_dim, num_heads, num_layers, max_seq_length, pad_idx, **options  # type: ignore[arg-type]
+            )
+        self.config = config
+        dim = config.embedding_dim
+        self.wte = nn.Embedding(config.vocab_size, dim, padding_idx=config.pad_idx)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.max_seq_length, dim)
+        else:
+            self.positions = PositionalEncoding(dim, config.max_seq_length, config.pad_idx)
+        self.h = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                hidden_dim=config.hidden_dim,
+                activation=config.activation,
+                dropout=config.dropout,
+                bias=config.bias,
+                eps=config.layer_norm_eps,
+                backend=config.backend,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.ln_f = LayerNorm(dim, config.layer_norm_eps, bias=config.bias, backend=config.backend)
+        # Tied, the head has no parameter of its own: it is the token embedding, transposed.
+        self.lm_head = None if config.tie_output else nn.Linear(dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation: normal(0, 0.02), and 1/sqrt(2 * layers) of it into the residual stream."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith("c_proj")
+                std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.padding_idx is not None:
+                    with torch.no_grad():
+                        module.weight[module.padding_idx].zero_()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        config = self.config
+        check_tokens(tokens, targets, config)
+        mask = None if config.pad_idx is None else (tokens != config.pad_idx)[:, None, None, :]  # [B, 1, 1, T]
+        stream = self.embed(tokens)
+        delta: Tensor | None = None
+        for block in self.h:
+            delta, stream = block.advance(delta, stream, mask)
+        x, _ = self.ln_f(delta, stream)
+        logits = F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        return logits if targets is None else cross_entropy(logits, targets, config.pad_idx)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        config, x = self.config, self.wte(tokens)
+        if config.positions == "learned":
+            x = x + self.wpe.weight[: tokens.shape[1]]
+        else:
+            x = self.positions(x * math.sqrt(config.embedding_dim), tokens)
+        return F.dropout(x, config.dropout) if config.dropout and self.training else x
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into the directory; each replaces an old one whole."""
+        with checkpoint.atomic_files(path) as write:
+            self.write_files(write)
+
+    def write_files(self, write: checkpoint.Write) -> None:
+        write(checkpoint.CONFIG, checkpoint.json_bytes(self.config.to_dict()))
+        write(checkpoint.WEIGHTS, checkpoint.tensor_bytes(self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, backend: Backend = None) -> GPT:
+        """The model saved in a directory, in the dtype it was saved in, on the CPU, in evaluation mode."""
+        config_file = os.path.join(path, checkpoint.CONFIG)
+        config = GPTConfig.from_dict(checkpoint.read_json(config_file), config_file)
+        with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away: draw nothing from the caller
+            model = cls(GPTConfig(**{**config.to_dict(), "backend": backend}))
+        weights = checkpoint.read_tensors(os.path.join(path, checkpoint.WEIGHTS), model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    def extra_repr(self) -> str:
+        return f"max_seq_length={self.config.max_seq_length}, tie_output={self.config.tie_output}"
+
+
+def check_tokens(tokens: Tensor, targets: Tensor | None, config: GPTConfig) -> None:
+    """Shapes and dtypes always; the values only where looking is free: eager, on the CPU."""
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens: expected shape [B, T], got {tuple(tokens.shape)}")
+    if tokens.shape[1] > config.max_seq_length:
+        raise ValueError(
+            f"tokens: expected at most max_seq_length={config.max_seq_length} a sequence, got {tokens.shape[1]}"
+        )
+    if targets is not None and targets.shape != tokens.shape:
+        raise ValueError(f"targets: expected shape {tuple(tokens.shape)}, got {tuple(targets.shape)}")
+    _check_ids("tokens", tokens, config.vocab_size, None)
+    if targets is not None:
+        _check_ids("targets", targets, config.vocab_size, IGNORE_INDEX)
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int, ignore: int | None) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}")
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.device.type != "cpu":
+        return
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if ignore is not None:
+        wrong &= ids != ignore
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got {ids[tuple(where)].item()} at {where}")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, pad_idx: int | None) -> Tensor:
+    """Mean over the targets that count, in fp32; logits [B, T, V], targets [B, T]."""
+    targets = targets.long()
+    if pad_idx is not None:
+        targets = targets.masked_fill(targets == pad_idx, IGNORE_INDEX)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)

@@ -1,0 +1,261 @@
+"""Modules on the fused ops, with the parameter names and state dicts of their torch.nn counterparts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+Backend = str | Sequence[str] | None  # one backend, several to try in order, or None: chosen for each call
+
+__all__ = ["LayerNorm", "GELU", "Softmax", "MLP", "CausalSelfAttention", "Block", "PositionalEncoding"]
+
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of ops.gelu
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    return value
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+    return float(value)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016); loads torch.nn.LayerNorm's state dict.
+
+    `forward(x)` gives y; `forward(x, residual)` gives `(y, stream)` with `stream = x + residual` and y
+    the norm of that stream, in one pass over memory.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        backend: Backend = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if len(shape) != 1:
+            raise ValueError(f"normalized_shape: expected one dimension (the last), got {shape}")
+        self.normalized_shape = (_positive("normalized_shape", shape[0]),)
+        self.eps, self.elementwise_affine, self.backend = eps, elementwise_affine, backend
+        self.weight: nn.Parameter | None
+        self.bias: nn.Parameter | None
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+        if elementwise_affine and bias:
+            self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if x.shape[-1:] != self.normalized_shape:
+            raise ValueError(f"x: expected a last dimension of {self.normalized_shape[0]}, got {tuple(x.shape)}")
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+
+
+class GELU(nn.Module):
+    """GELU (Hendrycks and Gimpel 2016) of `x`, or of `x + bias`; approximate is "none" (erf) or "tanh"."""
+
+    def __init__(self, approximate: str = "none", *, backend: Backend = None) -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f'approximate: expected "none" or "tanh", got {approximate!r}')
+        self.approximate, self.backend = approximate, backend
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.gelu(x, bias, approximate=self.approximate, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class Softmax(nn.Module):
+    """The attention softmax over the last dimension: scale, mask, causal, and dropout while training."""
+
+    def __init__(
+        self,
+        dim: int = -1,
+        *,
+        scale: float = 1.0,
+        causal: bool = False,
+        dropout_p: float = 0.0,
+        backend: Backend = None,
+    ) -> None:
+        super().__init__()
+        if dim != -1:
+            raise ValueError(f"dim: expected -1 (the last dimension), got {dim!r}")
+        self.scale, self.causal, self.backend = scale, causal, backend
+        self.dropout_p = _probability("dropout_p", dropout_p)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        p = self.dropout_p if self.training else 0.0
+        return ops.softmax(
+            x, scale=self.scale, mask=mask, causal=self.causal, dropout_p=p, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, causal={self.causal}, dropout_p={self.dropout_p}"
+
+
+class MLP(nn.Module):
+    """`c_proj(gelu(c_fc(x)))`: the bias of c_fc is added inside the GELU, so that both are one pass."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        backend: Backend = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.c_fc = nn.Linear(_positive("dim", dim), _positive("hidden_dim", hidden_dim), bias=bias)
+        self.c_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.activation, self.backend = activation, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.c_fc.weight)
+        bias = self.c_fc.bias
+        if bias is not None:
+            bias = bias.to(h.dtype)  # under autocast h is bf16 and so is the bias that nn.Linear would add
+        h = ops.gelu(h, bias, approximate=ACTIVATIONS[self.activation], backend=self.backend)
+        return self.c_proj(h)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention with one packed projection to q, k, v.
+
+    `mask` is boolean (True = may look) or float, broadcastable to [B, H, T, T], on top of causality.
+    `dropout` drops elements of the output; probabilities are not dropped.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        *,
+        bias: bool = True,
+        backend: Backend = None,
+    ) -> None:
+        super().__init__()
+        if _positive("dim", dim) % _positive("num_heads", num_heads):
+            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
+        self.num_heads, self.backend = num_heads, backend
+        self.dropout = _probability("dropout", dropout)
+        self.c_attn = nn.Linear(dim, 3 * dim, bias=bias)
+        self.c_proj = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.c_attn(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D], a view
+        out = ops.attention(q, k, v, causal=True, mask=mask, backend=self.backend)
+        out = self.c_proj(out.transpose(1, 2).reshape(batch, length, dim))
+        return F.dropout(out, self.dropout) if self.dropout and self.training else out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, as in GPT-2: `x += attn(ln_1(x)); x += mlp(ln_2(x))`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        hidden_dim: int | None = None,
+        activation: str = "gelu_tanh",
+        dropout: float = 0.0,
+        bias: bool = True,
+        eps: float = 1e-5,
+        backend: Backend = None,
+    ) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(dim, eps, bias=bias, backend=backend)
+        self.attn = CausalSelfAttention(dim, num_heads, dropout, bias=bias, backend=backend)
+        self.ln_2 = LayerNorm(dim, eps, bias=bias, backend=backend)
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        self.mlp = MLP(dim, hidden_dim, activation=activation, bias=bias, backend=backend)
+        self.dropout = _probability("dropout", dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        delta, stream = self.advance(None, x, mask)
+        return stream + delta
+
+    def advance(self, delta: Tensor | None, stream: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`(delta, stream)` to `(delta, stream)`, where the block's input is `stream + delta`.
+
+        The last branch's output is handed on unadded, so that every residual add is one op with the
+        LayerNorm that follows it, across blocks too.
+        """
+        if delta is None:
+            y = self.ln_1(stream)
+        else:
+            y, stream = self.ln_1(delta, stream)
+        y, stream = self.ln_2(self.attn(y, mask), stream)
+        delta = self.mlp(y)
+        return (F.dropout(delta, self.dropout) if self.dropout and self.training else delta), stream
+
+
+class PositionalEncoding(nn.Module):
+    """Adds the sinusoidal encoding of "Attention Is All You Need", section 3.5, to x [B, T, D].
+
+    `PE[t, 2i] = sin(t / 10000^(2i/D))`, `PE[t, 2i+1] = cos(t / 10000^(2i/D))`. Where `tokens` [B, T]
+    equals `pad_idx`, nothing is added.
+    """
+
+    encoding: Tensor  # [max_seq_length, D]
+
+    def __init__(self, embedding_dim: int, max_seq_length: int, pad_idx: int | None = None) -> None:
+        super().__init__()
+        self.embedding_dim = _positive("embedding_dim", embedding_dim)
+        self.max_seq_length = _positive("max_seq_length", max_seq_length)
+        self.pad_idx = pad_idx
+        position = torch.arange(max_seq_length, dtype=torch.float64)[:, None]
+        even = torch.arange(0, embedding_dim, 2, dtype=torch.float64)
+        angle = position * torch.exp(even * (-math.log(10000.0) / embedding_dim))  # [T, ceil(D/2)]
+        encoding = torch.empty(max_seq_length, embedding_dim, dtype=torch.float64)
+        encoding[:, 0::2] = angle.sin()
+        encoding[:, 1::2] = angle.cos()[:, : embedding_dim // 2]
+        self.register_buffer("encoding", encoding.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.embedding_dim:
+            raise ValueError(f"x: expected [B, T, {self.embedding_dim}], got {tuple(x.shape)}")
+        length = x.shape[1]
+        if length > self.max_seq_length:
+            raise ValueError(f"x: expected at most max_seq_length={self.max_seq_length} positions, got {length}")
+        encoding = self.encoding[:length].to(x.dtype)
+        if tokens is None or self.pad_idx is None:
+            return x + encoding
+        if tokens.shape != x.shape[:2]:
+            raise ValueError(f"tokens: expected shape {tuple(x.shape[:2])}, got {tuple(tokens.shape)}")
+        return x + encoding * (tokens != self.pad_idx)[..., None]
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding_dim}, {self.max_seq_length}, pad_idx={self.pad_idx}"

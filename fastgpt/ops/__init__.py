@@ -1,0 +1,8 @@
+"""The public functions of the engine: one module per op, registered by its import."""
+
+from fastgpt.ops.attention import attention
+from fastgpt.ops.gelu import gelu
+from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.softmax import softmax
+
+__all__ = ["attention", "gelu", "layer_norm", "softmax"]

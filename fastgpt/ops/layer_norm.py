@@ -1,0 +1,255 @@
+"""LayerNorm, alone or with the residual addition before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt._core import validate
+from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.library import call
+from fastgpt._core.registry import register
+from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
+from fastgpt.reference import layer_norm as reference
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    backend: Backend = None,
+) -> Any:
+    """Normalise the last dimension: y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, s = x + residual.
+
+    Args:
+        x: [..., n], floating.
+        weight, bias: [n] or None, both in x's dtype or (x bf16, fp16) both fp32.
+        eps: added to the variance.
+        residual: [..., n] in x's dtype, or fp32 for x in bf16 or fp16. With it the sum s, rounded to the
+            residual's dtype, is returned too: the stream that the next layer adds to.
+        backend: a name, several in order, or None for the automatic choice.
+
+    Returns:
+        y [..., n] in x's dtype; with a residual (y, s).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Ba, Kiros, Hinton, "Layer Normalization" (2016).
+    """
+    args = _prepare(x, weight, bias, eps, residual=residual)
+    chosen = choose(SPEC, args, backend)
+    if needs_graph(args):
+        return _LayerNorm.apply(chosen, *args)
+    y, stream, _, _ = call("layer_norm_fwd", chosen, *args)
+    return y if residual is None else (y, stream)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+    ) -> Any:
+        y, stream, mean, rstd = call("layer_norm_fwd", backend, x, weight, bias, residual, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else stream, weight, bias, mean, rstd)
+        ctx.backend, ctx.eps, ctx.x_dtype = backend, eps, x.dtype
+        return y if residual is None else (y, stream)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None) -> Any:
+        s, weight, bias, mean, rstd = ctx.saved_tensors
+        _, need_x, need_w, need_b, need_residual, _ = ctx.needs_input_grad
+        need_dx = need_x or need_residual
+        if dy is None:  # only the stream was used
+            if dstream is None:
+                return None, None, None, None, None, None
+            return None, dstream.to(ctx.x_dtype) if need_x else None, None, None, dstream, None
+        if double_backward_wanted():
+
+            def normalise(s: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+                return reference.layer_norm(s, w, b, ctx.eps).to(ctx.x_dtype)
+
+            dresidual, dw, db = backward_through(normalise, (s, weight, bias), dy)
+            if dresidual is not None and dstream is not None:
+                dresidual = dresidual + dstream
+            dx = None if dresidual is None else dresidual.to(ctx.x_dtype)
+        else:
+            needs = (need_dx, need_w, need_b)
+            dx, dresidual, dw, db = call(
+                "layer_norm_bwd", ctx.backend, dy, dstream, s, weight, bias, mean, rstd, *needs
+            )
+            if s.dtype == ctx.x_dtype:
+                dresidual = dx
+        return (
+            None,
+            dx if need_x else None,
+            dw if need_w else None,
+            db if need_b else None,
+            dresidual if need_residual else None,
+            None,
+        )
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+    validate.floating("x", x)
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        x = x.float()  # there, as PyTorch's, in fp32
+        weight, bias, residual = (None if t is None else t.float() for t in (weight, bias, residual))
+    n = x.shape[-1]
+    wider = (x.dtype, torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else (x.dtype,)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            validate.floating(name, parameter)
+            validate.shape(name, parameter, (n,))
+            validate.dtype(name, parameter, wider, f"x is {x.dtype}")
+            validate.same_device(name, parameter, "x", x)
+    if weight is not None and bias is not None:
+        validate.dtype("bias", bias, (weight.dtype,), f"weight is {weight.dtype}")
+    if residual is not None:
+        validate.floating("residual", residual)
+        validate.shape("residual", residual, x.shape)
+        validate.dtype("residual", residual, wider, f"x is {x.dtype}")
+        validate.same_device("residual", residual, "x", x)
+    return x, weight, bias, residual, float(eps)
+
+
+def _fwd_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.shape[:-1].numel()
+    stream = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    mean, rstd = x.new_empty(rows, dtype=statistics), x.new_empty(rows, dtype=statistics)
+    return x.new_empty(x.shape), stream, mean, rstd
+
+
+def _bwd_fake(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        dy.new_empty(dy.shape if need_dx else 0),
+        x.new_empty(x.shape if need_dx and x.dtype != dy.dtype else 0),
+        dy.new_empty(0) if weight is None or not need_dw else weight.new_empty(weight.shape),
+        dy.new_empty(0) if bias is None or not need_db else bias.new_empty(bias.shape),
+    )
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    options, n = case.options, case.shape[-1]
+    parameters = torch.float32 if case.mixed and options.get("parameters") == "fp32" else dtype
+    stream = torch.float32 if case.mixed and options.get("stream") == "fp32" else dtype
+    inputs: dict[str, Any] = {"x": draw.normal(case.shape, dtype, mean=options.get("mean", 0.3), std=1.5)}
+    if options.get("weight", True):
+        inputs["weight"] = draw.normal((n,), parameters, mean=1.0, std=0.3)
+    if options.get("bias", True):
+        inputs["bias"] = draw.normal((n,), parameters, std=0.3)
+    if options.get("residual", False) or "stream" in options:
+        inputs["residual"] = draw.normal(case.shape, stream, std=2.0)
+    if "eps" in options:
+        inputs["eps"] = options["eps"]
+    return inputs
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    """x (and the residual) read, y (and the stream) written; backward reads dy and x and writes dx."""
+    elements = torch.Size(case.shape).numel()
+    streams = 2 if case.options.get("residual") else 1
+    size = elements * dtype.itemsize
+    return Cost(2 * streams * size, (3 if streams == 1 else 4) * size, 8 * elements, 14 * elements)
+
+
+def _baseline(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Any:
+    if residual is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    stream = x + residual
+    return F.layer_norm(stream, stream.shape[-1:], weight, bias, eps).to(x.dtype), stream
+
+
+_CASES: tuple[Case, ...] = (
+    *(
+        Case((rows, n))
+        for rows, n in ((0, 5), (1, 1), (7, 1), (2, 2), (5, 33), (33, 64), (7, 1600), (70, 768))
+    ),
+    Case((3, 0)),
+    Case((2, 3, 5, 40)),
+    Case((3, 50257)),
+    Case((600, 24)),
+    *(Case((9, 131), {"weight": w, "bias": b}) for w, b in ((False, False), (True, False), (False, True))),
+    Case((9, 257), {"mean": 1000.0}),
+    Case((6, 100), {"eps": 0.5}),
+    Case((6, 100), {"residual": True}),
+    Case((5, 1031), {"residual": True, "mean": 100.0}),
+    Case((8, 96), {"residual": True, "weight": False, "bias": False}),
+    Case((6, 100), {"parameters": "fp32"}, mixed=True),
+    Case((6, 100), {"stream": "fp32"}, mixed=True),
+    Case((6, 333), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
+)
+_BENCH = (
+    *(Case((rows, n)) for rows, n in ((64, 768), (512, 768), (2048, 768), (8192, 768), (1024, 1600))),
+    Case((2048, 768), {"residual": True}),
+)
+
+SPEC = register(
+    OpSpec(
+        name="layer_norm",
+        entries={
+            "fwd": Entry(
+                "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps)"
+                " -> (Tensor, Tensor, Tensor, Tensor)",
+                _fwd_fake,
+            ),
+            "bwd": Entry(
+                "(Tensor dy, Tensor? dstream, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+                " bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)",
+                _bwd_fake,
+            ),
+        },
+        function=layer_norm,
+        prepare=_prepare,
+        reference=reference.layer_norm,
+        condition=reference.condition,
+        outputs=("y", "stream"),
+        gradients=("x", "weight", "bias", "residual"),
+        make_inputs=_make_inputs,
+        cases=_CASES,
+        bench_cases=_BENCH,
+        cost=_cost,
+        baseline=_baseline,
+    )
+)

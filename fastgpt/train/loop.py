@@ -1,0 +1,171 @@
+"""The training loop: AdamW, cosine schedule with warm-up, clipping, accumulation, bf16 autocast."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.train.data import Batch, Corpus, batches, held_out_batches
+
+Record = dict[str, float]  # one logged step: step, loss, lr, grad_norm, tokens_per_s, and held_out where measured
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. A step takes `accumulate` batches of `batch_size` sequences."""
+
+    steps: int = 500
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "min_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up to `lr`, then a half cosine down to `min_lr` at the last step (counted from 0)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        low = min(self.min_lr, self.lr)
+        return low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in PyTorch's fused form; weight decay on matrices only, not on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def train_step(
+    model: Callable[..., Any], optimizer: torch.optim.Optimizer, work: Iterable[Batch], step: int, config: TrainConfig
+) -> tuple[float, float]:
+    """One update from the batches of `work`, which count alike; returns the loss and the gradient's norm."""
+    work = list(work)
+    loss = 0.0
+    for tokens, targets in work:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
+            part: Tensor = model(tokens, targets) / len(work)
+        part.backward()
+        loss += part.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: training diverged; try a lower lr")
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, work: Iterable[Batch], config: TrainConfig) -> float:
+    """Mean over all tokens of `work`, in nats a token."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for tokens, targets in work:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
+            total += model(tokens, targets).item() * targets.numel()
+        count += targets.numel()
+    if was_training:
+        model.train()
+    return total / count
+
+
+def train(
+    model: nn.Module,
+    corpus: Corpus,
+    seq_length: int,
+    config: TrainConfig,
+    *,
+    device: str = "cpu",
+    on_record: Callable[[Record], None] | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """Train the model in place; `on_record` sees every record as it is made. Returns all of them.
+
+    The held-out loss is measured every `eval_every` steps and after the last.
+    """
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    source = _on(device, batches(corpus.train, config.batch_size, seq_length, config.seed))
+    held_out = held_out_batches(corpus.held_out, config.batch_size, seq_length, config.eval_batches)
+    records: list[Record] = []
+    bar = _progress_bar(config.steps) if progress else None
+    tokens_per_step = config.accumulate * config.batch_size * seq_length
+    busy, steps_since = 0.0, 0  # time in training steps alone, since the last record
+    try:
+        for step in range(config.steps):
+            start = time.perf_counter()
+            work = [next(source) for _ in range(config.accumulate)]
+            loss, norm = train_step(model, optimizer, work, step, config)
+            busy, steps_since = busy + time.perf_counter() - start, steps_since + 1
+            if bar is not None:
+                bar.update()
+            last = step + 1 == config.steps
+            evaluate = last or (step + 1) % config.eval_every == 0
+            if not (evaluate or step == 0 or (step + 1) % config.log_every == 0):
+                continue
+            rate = steps_since * tokens_per_step / busy
+            record: Record = {
+                "step": step + 1, "loss": loss, "lr": config.lr_at(step), "grad_norm": norm, "tokens_per_s": rate
+            }  # fmt: skip
+            busy, steps_since = 0.0, 0
+            if evaluate:
+                record["held_out"] = held_out_loss(model, _on(device, held_out), config)
+            records.append(record)
+            if bar is not None:
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+                if evaluate:
+                    bar.write(f"step {step + 1}: loss {loss:.4f}, held out {record['held_out']:.4f}")
+            if on_record is not None:
+                on_record(record)
+    finally:
+        if bar is not None:
+            bar.close()
+    return records
+
+
+def _on(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
+    for tokens, targets in source:
+        yield tokens.to(device), targets.to(device)
+
+
+def _progress_bar(steps: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)

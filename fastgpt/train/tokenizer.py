@@ -1,0 +1,88 @@
+"""Text to token ids and back: a byte-level BPE trained on the spot, or plain bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+BYTES = {"type": "bytes"}  # what tokenizer.json holds for the byte tokenizer
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def to_json(self) -> bytes: ...
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes themselves: 256 tokens, no training, nothing beside Python needed."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def to_json(self) -> bytes:
+        return json.dumps(BYTES).encode()
+
+
+class BPETokenizer:
+    """A Hugging Face tokenizer (`tokenizers.Tokenizer`) behind the three calls used here."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
+        """Byte-level BPE as in GPT-2: every text can be encoded, and decodes to itself."""
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size: expected at least 256 (one token a byte), got {vocab_size}")
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # sorted: the ids must not change from run to run
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator([text], trainer)
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def to_json(self) -> bytes:
+        return self.tokenizer.to_str(pretty=True).encode()
+
+
+def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "bpe":
+        return BPETokenizer.train(text, vocab_size)
+    raise ValueError(f"tokenizer: expected bpe or bytes, got {kind!r}")
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        if json.loads(data) == BYTES:
+            return ByteTokenizer()
+        from tokenizers import Tokenizer as HFTokenizer
+
+        return BPETokenizer(HFTokenizer.from_str(data.decode()))
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{path}: expected a tokenizer's JSON, got {error}") from None

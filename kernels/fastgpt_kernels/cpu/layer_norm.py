@@ -1,0 +1,105 @@
+"""LayerNorm by csrc/cpu/layer_norm.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import memory
+from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, rows_of, unsupported
+
+
+def supports(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> str | None:
+    """None, or the reason why not."""
+    return unsupported(x)
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, stream, mean, rstd)."""
+    n = x.shape[-1]
+    rows = x.numel() // n if n else x.shape[:-1].numel()
+    dtype = x.dtype
+    x_rows, x_stride = rows_of(x, n)
+    y = memory.empty(x.shape, dtype, x.device)
+    mean = memory.empty((rows,), torch.float32, x.device)
+    rstd = memory.empty((rows,), torch.float32, x.device)
+    residual_at = stream_at = residual_stride = residual_code = 0
+    if residual is None:
+        stream = x.new_empty(0)
+    else:
+        residual, residual_stride = rows_of(residual, n)
+        stream = memory.empty(x.shape, residual.dtype, x.device)
+        residual_at, stream_at = residual.data_ptr(), stream.data_ptr()
+        residual_code = DTYPE_CODES[residual.dtype]
+    weight, weight_at = _parameter(weight)
+    bias, bias_at = _parameter(bias)
+    parameter = weight if weight is not None else bias
+    kernels.layer_norm_fwd(
+        x_rows.data_ptr(), residual_at, weight_at, bias_at, y.data_ptr(), stream_at, mean.data_ptr(), rstd.data_ptr(),
+        rows, n, x_stride, residual_stride, DTYPE_CODES[dtype], residual_code,
+        0 if parameter is None else DTYPE_CODES[parameter.dtype], eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, stream, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dw, db); x is the stream where there was a residual."""
+    n = x.shape[-1]
+    rows = mean.numel()
+    dtype, device = dy.dtype, x.device
+    absent = dx = dresidual = dw = db = x.new_empty(0)
+    dx_at = dresidual_at = dstream_at = dw_at = db_at = 0
+    dy, dy_stride = rows_of(dy, n)
+    x, x_stride = rows_of(x, n)
+    if need_dx:
+        dx = memory.empty(dy.shape, dtype, device)
+        dx_at = dx.data_ptr()
+        if x.dtype != dtype:
+            dresidual = memory.empty(x.shape, x.dtype, device)
+            dresidual_at = dresidual.data_ptr()
+        if dstream is not None:
+            dstream = dstream.contiguous()
+            dstream_at = dstream.data_ptr()
+    if need_dw and weight is not None:
+        dw = memory.empty(weight.shape, weight.dtype, device)
+        dw_at = dw.data_ptr()
+    if need_db and bias is not None:
+        db = memory.empty(bias.shape, bias.dtype, device)
+        db_at = db.data_ptr()
+    parameter = weight if weight is not None else bias
+    weight, weight_at = _parameter(weight)
+    kernels.layer_norm_bwd(
+        dy.data_ptr(), dstream_at, x.data_ptr(), weight_at, mean.data_ptr(), rstd.data_ptr(), dx_at, dresidual_at,
+        dw_at, db_at, rows, n, dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
+        0 if parameter is None else DTYPE_CODES[parameter.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    # Results must not alias one another: each absent one is its own tensor.
+    return (
+        dx if need_dx else absent,
+        dresidual if dresidual_at else x.new_empty(0),
+        dw if need_dw and weight is not None else x.new_empty(0),
+        db if need_db and bias is not None else x.new_empty(0),
+    )
+
+
+def _parameter(p: Tensor | None) -> tuple[Tensor | None, int]:
+    """The parameter with adjacent elements (kept alive by the caller) and its address."""
+    if p is None:
+        return None, 0
+    p = p.contiguous()
+    return p, p.data_ptr()

@@ -1,0 +1,34 @@
+"""The one place where kernels get memory for their outputs.
+
+Every launcher allocates through `empty`, so that the proof harness can wrap it: outputs that start as NaN
+show a row nobody wrote, guard bytes around them show a store that ran past the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+Allocator = Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor]
+
+_wrapper: Allocator | None = None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised contiguous tensor of `shape`."""
+    if _wrapper is not None:
+        return _wrapper(shape, dtype, device)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@contextmanager
+def allocate_with(allocator: Allocator) -> Iterator[None]:
+    """Within the block every kernel output comes from `allocator` (for the harness; not thread-safe)."""
+    global _wrapper
+    previous, _wrapper = _wrapper, allocator
+    try:
+        yield
+    finally:
+        _wrapper = previous

@@ -1,0 +1,106 @@
+"""Attention by PyTorch's scaled_dot_product_attention.
+
+On the CPU its flash kernel is called as the pair of forward and backward that it is. Elsewhere, and for the calls
+that kernel does not take, backward runs the forward once more under autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PAIR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None) -> str | None:
+    """PyTorch's op takes everything that the public function lets through."""
+    return None
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse); lse only where PyTorch's kernel gives it, else zeros."""
+    if not _is_pair(q, k, v):
+        out = _attend(q, k, v, causal, scale, mask)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return _heads_inside(out), q.new_zeros(q.shape[:3], dtype=wide)
+    bias, top_left = _bias(q, k, causal, mask)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, top_left, attn_mask=bias, scale=scale
+    )
+    return _heads_inside(out), lse.contiguous()
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None,
+    need_dmask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dmask)."""
+    absent = q.new_empty(0)
+    if _is_pair(q, k, v) and not need_dmask:
+        bias, top_left = _bias(q, k, causal, mask)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, top_left, attn_mask=bias, scale=scale
+        )
+        return (*(_heads_inside(grad) for grad in grads), absent)  # type: ignore[return-value]
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    if need_dmask and mask is not None:
+        mask = mask.detach().requires_grad_()
+        leaves.append(mask)
+    with torch.enable_grad():
+        again = _attend(leaves[0], leaves[1], leaves[2], causal, scale, mask)
+    dq, dk, dv, *dmask = torch.autograd.grad(again, leaves, dout)
+    return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv), dmask[0].contiguous() if dmask else absent
+
+
+def _is_pair(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's CPU flash kernel takes the call."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in _PAIR_DTYPES
+        and q.shape[1] == k.shape[1]
+        and q.shape[-1] == v.shape[-1]
+        and 0 not in (*q.shape, *k.shape)
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None) -> Tensor:
+    bias, top_left = _bias(q, k, causal, mask)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=top_left, scale=scale, enable_gqa=gqa
+    )
+
+
+def _bias(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor | None, bool]:
+    """(what to add to the scores, SDPA's is_causal). Its causality is top-left: only the square case agrees."""
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and (not causal or queries == keys):
+        return None, causal
+    hidden = None
+    if causal:
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(1 + keys - queries)
+    if mask is None or mask.dtype == torch.bool:
+        if mask is not None:
+            hidden = ~mask if hidden is None else ~mask | hidden
+        assert hidden is not None
+        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    else:
+        bias = mask if hidden is None else mask.masked_fill(hidden, -torch.inf)
+    return bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape)), False
+
+
+def _heads_inside(out: Tensor) -> Tensor:
+    """A [B, H, T, D] view of [B, T, H, D] storage that is nobody else's."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,61 @@
+"""LayerNorm by PyTorch's native_layer_norm, fed so that statistics are fp32 in every dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def supports(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> str | None:
+    """PyTorch's op takes every dtype combination that the public function lets through."""
+    return None
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, stream, mean, rstd)."""
+    if residual is None:
+        s, stream = x, x.new_empty(0)
+    else:
+        s = stream = torch.add(x.to(residual.dtype), residual).contiguous()
+    # Low precision is widened first: native_layer_norm rounds its statistics to the input's dtype.
+    y, mean, rstd = torch.native_layer_norm(_wide(s), s.shape[-1:], _wide(weight), _wide(bias), eps)
+    return y.to(x.dtype), stream, mean.flatten(), rstd.flatten()
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dbias)."""
+    lead = (*x.shape[:-1], 1)
+    mask = [need_dx, need_dw and weight is not None, need_db and bias is not None]
+    ds, dw, db = torch.ops.aten.native_layer_norm_backward(
+        _wide(dy), _wide(x), x.shape[-1:], mean.view(lead), rstd.view(lead), _wide(weight), _wide(bias), mask
+    )
+    if mask[0] and dstream is not None:
+        ds = ds + dstream
+    absent = dy.new_empty
+    return (
+        ds.to(dy.dtype) if mask[0] else absent(0),
+        ds.to(x.dtype) if mask[0] and x.dtype != dy.dtype else absent(0),
+        dw.to(weight.dtype) if mask[1] and weight is not None else absent(0),
+        db.to(bias.dtype) if mask[2] and bias is not None else absent(0),
+    )
+
+
+def _wide(t: Any) -> Any:
+    return t if t is None or t.dtype == torch.float64 else t.float()
