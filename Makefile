@@ -12,9 +12,8 @@ PYTEST := $(BIN)/python -m pytest
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The kernels are compiled before the large downloads: a missing compiler is noticed in seconds, and the editable
-# install finds the objects done. A torch that $(PYTHON) already has is used as it is, whatever its version.
-$(READY): pyproject.toml constraints.txt
+# A torch that $(PYTHON) already has is used as it is, whatever its version.
+$(VENV)/constraints.txt: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "fastgpt needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -22,13 +21,17 @@ $(READY): pyproject.toml constraints.txt
 	@echo "making $(VENV)"; rm -rf $(VENV)
 	@$(PYTHON) -m venv --system-site-packages $(VENV)
 	@if $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; then \
-		grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt; \
+		grep -vE '^(torch|triton)==' constraints.txt > $@; \
 	else \
-		$(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/constraints.txt; \
+		$(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $@; \
 	fi
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt setuptools pybind11 ninja
+
+# The kernels are compiled before the large downloads: a missing compiler is noticed in seconds, and the editable
+# install finds the objects done.
+$(READY): $(VENV)/constraints.txt pyproject.toml
+	$(BIN)/python -m pip install -q -c $< setuptools pybind11 ninja
 	$(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[all]'
+	$(BIN)/python -m pip install -c $< --no-build-isolation -e '.[all]'
 	@touch $@
 
 build: $(READY)  ## compile what has changed in csrc

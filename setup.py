@@ -9,12 +9,12 @@ Metadata is in pyproject.toml. Torch is neither needed nor looked for. Environme
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +131,7 @@ def build_cpu(output: Path) -> Path:
     ops = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 
     rules = [f"builddir = {build_dir}"]  # paths are relative to the root: a moved tree keeps its objects
-    rules += _rule("compile", [*cxx, "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"], deps=True)
+    rules += _rule("compile", [*cxx, "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"])
     rules += _rule("link", [*cxx, "-shared", "$in", "-o", "$out", "$flags"])
     objects: list[str] = []
 
@@ -194,10 +194,10 @@ def check_level_objects(level: str, objects: list[str]) -> None:
         )
 
 
-def _rule(name: str, command: list[str], deps: bool = False) -> list[str]:
+def _rule(name: str, command: list[str]) -> list[str]:
     text = " ".join(part if part.startswith("$") else _quoted([part]) for part in command)
     lines = [f"rule {name}", f"  command = {text}", f"  description = {name} $out"]
-    return lines + (["  depfile = $out.d", "  deps = gcc"] if deps else [])
+    return lines + (["  depfile = $out.d"] if "$out.d" in command else [])
 
 
 def _quoted(words: list[str]) -> str:
@@ -216,10 +216,13 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
-        library = self.builders[ext.name](output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)  # a new file: processes that have the old one mapped keep it
-        shutil.copy2(library, output)
+        (ROOT / "build").mkdir(exist_ok=True)
+        with open(ROOT / "build" / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second build of this tree waits: both write the same objects
+            library = self.builders[ext.name](output)
+            output.unlink(missing_ok=True)  # a new file: processes that have the old one mapped keep it
+            shutil.copy2(library, output)
 
 
 class BuildPy(build_py):
@@ -231,9 +234,6 @@ class BuildPy(build_py):
                 shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
         super().run()
 
-
-if sys.platform == "win32":
-    raise SystemExit("fastgpt builds on Linux and other systems with ELF objects; on Windows use WSL")
 
 setup(
     packages=[*find_packages(".", include=["fastgpt", "fastgpt.*"]), *find_packages("kernels")],

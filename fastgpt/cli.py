@@ -172,17 +172,18 @@ def generate(
     return 0
 
 
-def demo(out: Path = Path("demo-out"), steps: int = 150, seed: int = 0) -> int:
+def demo(out: Path = Path("demo-out"), steps: int = 300, minutes: float = 4.5, seed: int = 0) -> int:
     """Train one small GPT three ways (reference, stock PyTorch, fused) and compare losses and speed.
 
     Args:
         out: Directory for the plot, the results and the trained model.
         steps: Training steps of each of the three.
+        minutes: Stop training when this much time has passed; what follows takes seconds.
         seed: Of the initial weights and of the order of the text.
     """
     from fastgpt.demo import run_demo
 
-    return run_demo(out, steps, seed)
+    return run_demo(out, steps, minutes, seed)
 
 
 def check(

@@ -60,14 +60,15 @@ class Contender:
         return {"median": statistics.median(timed), "p20": timed[len(timed) // 5], "p80": timed[-1 - len(timed) // 5]}
 
 
-def run_demo(out: Path, steps: int, seed: int) -> int:
+def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
     """Run it all, print it, write it to `out`; 0 when the losses agree and the model has learned, else 1."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a directory or nothing, got a file")
     if steps <= WARMUP_ROUNDS:
         raise ValueError(f"steps: expected more than {WARMUP_ROUNDS} (they warm up), got {steps}")
+    deadline = time.perf_counter() + 60 * minutes
     config = TrainConfig(
-        steps=steps, batch_size=16, lr=1e-3, min_lr=1e-4, warmup=max(1, steps // 10), seed=seed, log_every=10
+        steps=steps, batch_size=8, lr=1e-3, min_lr=1e-4, warmup=max(1, steps // 10), seed=seed, log_every=20
     )
     corpus = make_corpus(default_corpus(), vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH)
     model_config = GPTConfig(corpus.tokenizer.vocab_size, 256, 4, 4, SEQ_LENGTH)
@@ -80,7 +81,7 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
         f" fp32, {config.batch_size} x {SEQ_LENGTH} tokens a step, {steps} steps, {torch.get_num_threads()} threads."
     )
     compiled, why_not = compiled_path(paths[1].model, config)
-    records = train_interleaved(paths, compiled, corpus, config)
+    records = train_interleaved(paths, compiled, corpus, config, deadline)
     results = summarize(paths, compiled, why_not, corpus, model_config, config, records)
     prompt = torch.tensor([corpus.tokenizer.encode(PROMPT)])
     sampled = generate(fused, prompt, max_new_tokens=120, temperature=0.8, top_k=50, seed=seed)
@@ -123,14 +124,14 @@ def compiled_path(stock: nn.Module, config: TrainConfig) -> tuple[Contender | No
 
 
 def train_interleaved(
-    paths: list[Contender], compiled: Contender | None, corpus: Corpus, config: TrainConfig
+    paths: list[Contender], compiled: Contender | None, corpus: Corpus, config: TrainConfig, deadline: float
 ) -> list[Record]:
     """Every path takes step n before any takes step n + 1; who goes first changes from round to round."""
     from tqdm import tqdm
 
     source = batches(corpus.train, config.batch_size, SEQ_LENGTH, config.seed)
     records: list[Record] = []
-    with tqdm(total=config.steps, unit="round", dynamic_ncols=True) as bar:
+    with tqdm(total=config.steps, unit="round", dynamic_ncols=True, disable=None) as bar:
         for step in range(config.steps):
             batch = next(source)
             turn = list(paths)
@@ -139,7 +140,8 @@ def train_interleaved(
             for i in range(len(turn)):
                 turn[(i + step) % len(turn)].step(batch, step, config)
             bar.update()
-            if step == 0 or (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            late = step > WARMUP_ROUNDS and time.perf_counter() > deadline
+            if step == 0 or (step + 1) % config.log_every == 0 or step + 1 == config.steps or late:
                 losses = {path.name: path.losses[-1] for path in paths}
                 spread = max(losses.values()) - min(losses.values())
                 records.append({"step": step + 1, **losses, "difference": spread})
@@ -148,6 +150,9 @@ def train_interleaved(
                     + "  ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
                     + f"  largest difference {spread:.1e}"
                 )
+            if late:
+                bar.write("The time is up: stopping here (--minutes).")
+                break
     return records
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def needs_graph(args: Sequence[Any]) -> bool:
-    """Whether autograd will want a backward for a call with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward for a call with these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def double_backward_wanted() -> bool:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgpt._core import registry
 from fastgpt._core.spec import BACKENDS, OpSpec
@@ -22,7 +21,6 @@ STRICT = os.environ.get("FASTGPT_STRICT") == "1"
 _ENVIRONMENT: tuple[str, ...] = tuple(
     name.strip() for name in os.environ.get("FASTGPT_BACKEND", "").split(",") if name.strip()
 )
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 _warned: set[tuple[str, str]] = set()
 
 
@@ -63,7 +61,16 @@ def choose(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) -> str:
         ValueError: an unknown backend. BackendError: the backend asked for, or every backend, refuses.
     """
     asked = _asked(backend)
-    if asked:
+    if not asked:
+        first = spec.rule(*args) if spec.rule is not None else None
+        if first is not None and refusal(spec, first, args) is None:
+            return first
+        for name, supports in registry.usable(spec.name, args[0].device.type):
+            if supports(*args) is None:
+                if name == "reference":
+                    _note_reference(spec, args)
+                return name
+    else:
         reasons = []
         for name in asked:
             reason = refusal(spec, name, args)
@@ -71,17 +78,12 @@ def choose(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) -> str:
                 return name
             reasons.append(f"{name}: {reason}")
         raise BackendError(f"{spec.name}: the backend asked for cannot run this call ({'; '.join(reasons)})")
-    for name in order(spec, args):
-        if refusal(spec, name, args) is None:
-            if name == "reference":
-                _note_reference(spec, args)
-            return name
     raise BackendError(f"{spec.name}: no backend supports this call\n{explanation(spec, args)}")
 
 
 def order(spec: OpSpec, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends for this call, best first."""
-    names = spec.orders.get(_device(args).type, ("torch", "reference"))
+    names = spec.orders.get(args[0].device.type, ("torch", "reference"))
     first = spec.rule(*args) if spec.rule is not None else None
     if first is None:
         return names
@@ -93,9 +95,8 @@ def refusal(spec: OpSpec, backend: str, args: tuple[Any, ...]) -> str | None:
     module = registry.module(spec.name, backend)
     if isinstance(module, str):
         return module
-    device = _device(args).type
-    if device not in _DEVICES.get(backend, (device,)):
-        return f"runs on {'/'.join(_DEVICES[backend])} tensors, these are on {device}"
+    if not registry.runs_on(backend, args[0].device.type):
+        return f"does not run on {args[0].device.type} tensors"
     return module.supports(*args)
 
 
@@ -104,7 +105,7 @@ def explanation(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) ->
     asked = _asked(backend)
     tried = asked or order(spec, args)
     chosen = next((name for name in tried if refusal(spec, name, args) is None), None)
-    lines = [f"{spec.name} on {_device(args)}" + (f", asked for: {', '.join(asked)}" if asked else "")]
+    lines = [f"{spec.name} on {args[0].device}" + (f", asked for: {', '.join(asked)}" if asked else "")]
     for name in (*tried, *(name for name in BACKENDS if name not in tried)):
         reason = refusal(spec, name, args)
         if name == chosen:
@@ -138,10 +139,9 @@ def backends() -> dict[str, dict[str, str | None]]:
 
 
 def _asked(backend: Backend) -> tuple[str, ...]:
-    if backend is not None:
-        names = (backend,) if isinstance(backend, str) else tuple(backend)
-    else:
-        names = _override.names or _ENVIRONMENT
+    if backend is None:
+        return _override.names or _ENVIRONMENT
+    names = (backend,) if isinstance(backend, str) else tuple(backend)
     _check_names(names)
     return names
 
@@ -150,13 +150,6 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-
-
-def _device(args: tuple[Any, ...]) -> torch.device:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg.device
-    raise TypeError("expected at least one tensor argument")
 
 
 def _note_reference(spec: OpSpec, args: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@ off a trace. In plain eager mode the registered op is bypassed: the dispatcher c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,9 @@ def define(spec: OpSpec, backend: str, module: ModuleType) -> None:
         name = f"{spec.name}_{suffix}_{backend}"
         function = getattr(module, f"{spec.name}_{suffix}")
         _LIBRARY.define(name + entry.schema)
-        _LIBRARY.impl(name, function, _DISPATCH_KEYS.get(backend, "CompositeExplicitAutograd"))
-        torch.library.register_fake(f"fastgpt::{name}", entry.fake, lib=_LIBRARY)
+        key = _DISPATCH_KEYS.get(backend, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _without_none(function), key)
+        torch.library.register_fake(f"fastgpt::{name}", _without_none(entry.fake), lib=_LIBRARY)
         _DIRECT[name] = function
         _REGISTERED[name] = getattr(torch.ops.fastgpt, name).default
 
@@ -43,6 +45,19 @@ def call(entry: str, backend: str, *args: Any) -> Any:
     return _REGISTERED[name](*args)
 
 
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with None in a tuple of results replaced: a schema knows no absent results, only empty ones."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        results = function(*args)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(args[0].new_empty(0) if result is None else result for result in results)
+
+    return run
+
+
 def _plain_eager(args: tuple[Any, ...]) -> bool:
     """True if nothing but an ordinary eager call could be going on, so that raw pointers are safe to take."""
     if torch.compiler.is_compiling():
@@ -51,4 +66,7 @@ def _plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(arg) in _PLAIN_TYPES for arg in args)
+    for arg in args:  # noqa: SIM110  (a generator would cost as much as the rest of the call)
+        if type(arg) not in _PLAIN_TYPES:
+            return False
+    return True

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,8 @@ from fastgpt._core.spec import BACKENDS, OpSpec
 
 _SPECS: dict[str, OpSpec] = {}
 _MODULES: dict[tuple[str, str], ModuleType | str] = {}
+_USABLE: dict[tuple[str, str], tuple[tuple[str, Callable[..., str | None]], ...]] = {}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 _noted: set[str] = set()
 
 # From a checkout that was not installed, the kernels' source root lies beside this package.
@@ -37,6 +40,11 @@ def register(spec: OpSpec) -> OpSpec:
         if isinstance(module, ModuleType):
             library.define(spec, backend, module)
     _SPECS[spec.name] = spec
+    for device, names in spec.orders.items():
+        found = ((name, _MODULES[spec.name, name]) for name in names if runs_on(name, device))
+        _USABLE[spec.name, device] = tuple(
+            (name, module.supports) for name, module in found if isinstance(module, ModuleType)
+        )
     return spec
 
 
@@ -51,6 +59,25 @@ def get(name: str) -> OpSpec:
         return _SPECS[name]
     except KeyError:
         raise ValueError(f"op: expected one of {', '.join(_SPECS)}, got {name!r}") from None
+
+
+def usable(op: str, device: str) -> tuple[tuple[str, Callable[..., str | None]], ...]:
+    """(backend, its `supports`) for every backend that can be used for `op` on `device`, best first."""
+    found = _USABLE.get((op, device))
+    return (
+        found
+        if found is not None
+        else tuple(
+            (name, module.supports)
+            for name in ("torch", "reference")
+            if isinstance(module := _MODULES[op, name], ModuleType)
+        )
+    )
+
+
+def runs_on(backend: str, device: str) -> bool:
+    """Whether `backend` has anything to do with tensors on `device`."""
+    return device in _DEVICES.get(backend, (device,))
 
 
 def module(op: str, backend: str) -> ModuleType | str:

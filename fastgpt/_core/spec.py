@@ -28,8 +28,10 @@ DEFAULT_ORDERS: Mapping[str, tuple[str, ...]] = {
 class Entry:
     """One function that every backend module of an op has, as torch.library needs to know it.
 
-    schema: "(Tensor x, float eps) -> (Tensor, Tensor)".
+    schema: "(Tensor x, float eps) -> (Tensor, Tensor)". The first argument is a tensor.
     fake: the same signature; returns empty tensors of the right shape, dtype and device.
+
+    A result that a call does not have is None; the registered op turns it into an empty tensor.
     """
 
     schema: str

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What may stand beside an input of a dtype where the numerics contract lets the two differ.
+WIDER = {
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float64: (torch.float64,),
+}
 
 
 def floating(name: str, value: Any) -> None:
     """`value` is a floating-point tensor of at least one dimension."""
+    if isinstance(value, Tensor) and value.dtype in WIDER and value.dim():
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -21,8 +30,19 @@ def floating(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least one dimension, got a scalar")
 
 
+def beside(
+    name: str, value: Any, expected: Sequence[int], allowed: Sequence[torch.dtype], other_name: str, other: Tensor
+) -> None:
+    """`value` has the expected shape, an allowed dtype and the device of `other`."""
+    floating(name, value)
+    shape(name, value, expected)
+    if value.dtype not in allowed:
+        dtype(name, value, allowed, f"{other_name} is {other.dtype}")
+    same_device(name, value, other_name, other)
+
+
 def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected and tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
 
 

@@ -48,7 +48,7 @@ def attention(
     """
     args = _prepare(q, k, v, causal=causal, scale=scale, mask=mask)
     chosen = choose(SPEC, args, backend)
-    if needs_graph(args):
+    if needs_graph(q, k, v, mask):
         return _Attention.apply(chosen, *args)
     return call("attention_fwd", chosen, *args)[0]
 
@@ -148,8 +148,8 @@ def _bwd_fake(
     scale: float,
     mask: Tensor | None,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dmask = mask.new_empty(mask.shape) if need_dmask and mask is not None else q.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dmask = mask.new_empty(mask.shape) if need_dmask and mask is not None else None
     return _heads_inside(q, q.shape), _heads_inside(k, k.shape), _heads_inside(v, v.shape), dmask
 
 

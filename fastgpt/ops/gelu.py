@@ -38,7 +38,7 @@ def gelu(
     """
     args = _prepare(x, bias, approximate=approximate)
     chosen = choose(SPEC, args, backend)
-    if needs_graph(args):
+    if needs_graph(x, bias):
         return _GELU.apply(chosen, *args)
     return call("gelu_fwd", chosen, *args)
 
@@ -71,11 +71,9 @@ def _prepare(
     validate.choice("approximate", approximate, ("none", "tanh"))
     if bias is not None:
         validate.floating("bias", bias)
-        validate.shape("bias", bias, x.shape[-1:])
         if bias.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
             bias = bias.to(x.dtype)
-        validate.dtype("bias", bias, (x.dtype,), f"x is {x.dtype}")
-        validate.same_device("bias", bias, "x", x)
+        validate.beside("bias", bias, x.shape[-1:], (x.dtype,), "x", x)
     return x, bias, approximate
 
 
@@ -85,9 +83,9 @@ def _fwd_fake(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def _bwd_fake(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_dx: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    dbias = dy.new_empty(0) if bias is None or not need_dbias else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape if need_dx else 0), dbias
+) -> tuple[Tensor | None, Tensor | None]:
+    dbias = bias.new_empty(bias.shape) if need_dbias and bias is not None else None
+    return x.new_empty(x.shape) if need_dx else None, dbias
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:

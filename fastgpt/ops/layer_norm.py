@@ -46,7 +46,7 @@ def layer_norm(
     """
     args = _prepare(x, weight, bias, eps, residual=residual)
     chosen = choose(SPEC, args, backend)
-    if needs_graph(args):
+    if needs_graph(x, weight, bias, residual):
         return _LayerNorm.apply(chosen, *args)
     y, stream, _, _ = call("layer_norm_fwd", chosen, *args)
     return y if residual is None else (y, stream)
@@ -116,30 +116,24 @@ def _prepare(
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
         x = x.float()  # there, as PyTorch's, in fp32
         weight, bias, residual = (None if t is None else t.float() for t in (weight, bias, residual))
-    n = x.shape[-1]
-    wider = (x.dtype, torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else (x.dtype,)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            validate.floating(name, parameter)
-            validate.shape(name, parameter, (n,))
-            validate.dtype(name, parameter, wider, f"x is {x.dtype}")
-            validate.same_device(name, parameter, "x", x)
-    if weight is not None and bias is not None:
-        validate.dtype("bias", bias, (weight.dtype,), f"weight is {weight.dtype}")
+    shape, wider = x.shape, validate.WIDER[x.dtype]
+    if weight is not None:
+        validate.beside("weight", weight, shape[-1:], wider, "x", x)
+    if bias is not None and weight is not None:
+        validate.beside("bias", bias, shape[-1:], (weight.dtype,), "weight", weight)
+    elif bias is not None:
+        validate.beside("bias", bias, shape[-1:], wider, "x", x)
     if residual is not None:
-        validate.floating("residual", residual)
-        validate.shape("residual", residual, x.shape)
-        validate.dtype("residual", residual, wider, f"x is {x.dtype}")
-        validate.same_device("residual", residual, "x", x)
+        validate.beside("residual", residual, shape, wider, "x", x)
     return x, weight, bias, residual, float(eps)
 
 
 def _fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.shape[:-1].numel()
-    stream = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    stream = None if residual is None else residual.new_empty(residual.shape)
     mean, rstd = x.new_empty(rows, dtype=statistics), x.new_empty(rows, dtype=statistics)
     return x.new_empty(x.shape), stream, mean, rstd
 
@@ -155,12 +149,12 @@ def _bwd_fake(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     return (
-        dy.new_empty(dy.shape if need_dx else 0),
-        x.new_empty(x.shape if need_dx and x.dtype != dy.dtype else 0),
-        dy.new_empty(0) if weight is None or not need_dw else weight.new_empty(weight.shape),
-        dy.new_empty(0) if bias is None or not need_db else bias.new_empty(bias.shape),
+        dy.new_empty(dy.shape) if need_dx else None,
+        x.new_empty(x.shape) if need_dx and x.dtype != dy.dtype else None,
+        weight.new_empty(weight.shape) if need_dw and weight is not None else None,
+        bias.new_empty(bias.shape) if need_db and bias is not None else None,
     )
 
 

@@ -48,7 +48,7 @@ def softmax(
     """
     args = _prepare(x, scale=scale, mask=mask, causal=causal, dropout_p=dropout_p, rng=rng)
     chosen = choose(SPEC, args, backend)
-    if needs_graph(args):
+    if needs_graph(x, mask):
         return _Softmax.apply(chosen, *args)
     return call("softmax_fwd", chosen, *args)[0]
 
@@ -118,8 +118,8 @@ def _prepare(
 
 def _fwd_fake(
     x: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float, rng: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape if dropout_p > 0.0 else 0)
+) -> tuple[Tensor, Tensor | None]:
+    return x.new_empty(x.shape), x.new_empty(x.shape) if dropout_p > 0.0 else None
 
 
 def _bwd_fake(
@@ -132,9 +132,9 @@ def _bwd_fake(
     rng: Tensor | None,
     need_dx: bool,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor]:
-    dmask = mask.new_empty(mask.shape) if mask is not None and need_dmask else dy.new_empty(0)
-    return dy.new_empty(dy.shape if need_dx else 0), dmask
+) -> tuple[Tensor | None, Tensor | None]:
+    dmask = mask.new_empty(mask.shape) if need_dmask and mask is not None else None
+    return dy.new_empty(dy.shape) if need_dx else None, dmask
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def attention_bwd(
     scale: float,
     mask: Tensor | None,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask), from ds = p * (dp - sum(p * dp)) with dp = dout @ v^T.
 
     dq = scale * ds @ k,  dk = scale * ds^T @ q,  dv = p^T @ dout
@@ -113,7 +113,7 @@ def attention_bwd(
     dq = scale * (ds @ k_wide)
     dk = _sum_over_groups(scale * (ds.mT @ q_wide), k.shape[1])
     dv = _sum_over_groups(p.mT @ g, k.shape[1])
-    dmask = q.new_empty(0)
+    dmask = None
     if need_dmask and mask is not None:
         dmask = ds.sum_to_size(mask.shape).to(mask.dtype, copy=True)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask

@@ -64,14 +64,14 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_dx: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dbias): dx = dy * dgelu/dz, dbias = sum of dx over the rows."""
     z = upcast(x)
     if bias is not None:
         z = z + upcast(bias)
     dz = upcast(dy) * _slope(z, approximate)
-    dbias = dz.sum_to_size(x.shape[-1:]).to(x.dtype, copy=True) if need_dbias else dy.new_empty(0)
-    dx = dz.to(x.dtype, memory_format=torch.contiguous_format, copy=True) if need_dx else dy.new_empty(0)
+    dbias = dz.sum_to_size(x.shape[-1:]).to(x.dtype, copy=True) if need_dbias else None
+    dx = dz.to(x.dtype, memory_format=torch.contiguous_format, copy=True) if need_dx else None
     return dx, dbias
 
 

@@ -81,10 +81,10 @@ def supports(
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, stream, mean, rstd), statistics of shape [rows]."""
-    stream = x.new_empty(0) if residual is None else (upcast(x) + upcast(residual)).to(residual.dtype)
-    s = x if residual is None else stream
+    stream = None if residual is None else (upcast(x) + upcast(residual)).to(residual.dtype)
+    s = x if stream is None else stream
     mean, rstd = _statistics(upcast(s), eps)
     y = _normalise(s, weight, bias, eps).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
     return y, stream, mean.flatten(), rstd.flatten()
@@ -101,7 +101,7 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dweight, dbias) with wdy = weight * dy, xhat = (x - mean) * rstd.
 
     dx = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + dstream,  dweight = sum(dy * xhat),  dbias = sum(dy)
@@ -109,7 +109,7 @@ def layer_norm_bwd(
     columns = x.shape[-1:]
     g = upcast(dy)
     xhat = (upcast(x) - mean.view(*x.shape[:-1], 1)) * rstd.view(*x.shape[:-1], 1)
-    dx, dresidual, dweight, dbias = (dy.new_empty(0) for _ in range(4))
+    dx = dresidual = dweight = dbias = None
     if need_dx:
         wdy = g if weight is None else g * upcast(weight)
         c1, c2 = wdy.mean(-1, keepdim=True), (wdy * xhat).mean(-1, keepdim=True)

@@ -101,11 +101,11 @@ def supports(
 
 def softmax_fwd(
     x: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float, rng: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(y, p): p, the probabilities before dropout, only with dropout."""
     p = _probabilities(x, scale, mask, causal)
     if dropout_p == 0.0:
-        return p.to(x.dtype), x.new_empty(0)
+        return p.to(x.dtype), None
     assert rng is not None
     y = torch.where(keep_mask(x.shape, dropout_p, rng), p / (1.0 - dropout_p), 0.0)
     return y.to(x.dtype), p.to(x.dtype, copy=True)
@@ -121,7 +121,7 @@ def softmax_bwd(
     rng: Tensor | None,
     need_dx: bool,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dmask): ds = p * (g - sum(p * g)) with g = dy * keep / (1 - dropout_p); dx = scale * ds."""
     g, p_wide = upcast(dy), upcast(p)
     if dropout_p > 0.0:
@@ -131,10 +131,10 @@ def softmax_bwd(
     if seen is not None:  # a hidden element's dy is not looked at
         g = g.masked_fill(~seen, 0.0)
     ds = p_wide * (g - (p_wide * g).sum(-1, keepdim=True))
-    dmask = dy.new_empty(0)
+    dmask = None
     if need_dmask and mask is not None:
         dmask = ds.sum_to_size(mask.shape).to(mask.dtype, copy=True)
-    return (scale * ds).to(dy.dtype) if need_dx else dy.new_empty(0), dmask
+    return (scale * ds).to(dy.dtype) if need_dx else None, dmask
 
 
 def _probabilities(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:

@@ -168,4 +168,4 @@ def _on(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
 def _progress_bar(steps: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)  # None: off in a file

@@ -44,15 +44,14 @@ def attention_bwd(
     scale: float,
     mask: Tensor | None,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask)."""
-    absent = q.new_empty(0)
     if _is_pair(q, k, v) and not need_dmask:
         bias, top_left = _bias(q, k, causal, mask)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, top_left, attn_mask=bias, scale=scale
         )
-        return (*(_heads_inside(grad) for grad in grads), absent)  # type: ignore[return-value]
+        return (*(_heads_inside(grad) for grad in grads), None)  # type: ignore[return-value]
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     if need_dmask and mask is not None:
         mask = mask.detach().requires_grad_()
@@ -60,7 +59,7 @@ def attention_bwd(
     with torch.enable_grad():
         again = _attend(leaves[0], leaves[1], leaves[2], causal, scale, mask)
     dq, dk, dv, *dmask = torch.autograd.grad(again, leaves, dout)
-    return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv), dmask[0].contiguous() if dmask else absent
+    return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv), dmask[0].contiguous() if dmask else None
 
 
 def _is_pair(q: Tensor, k: Tensor, v: Tensor) -> bool:

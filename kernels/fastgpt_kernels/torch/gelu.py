@@ -18,14 +18,14 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_dx: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dbias)."""
     z = _sum(x, bias)
     dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z, approximate=approximate)
-    dbias = dy.new_empty(0)
+    dbias = None
     if need_dbias and bias is not None:
         dbias = dz.sum_to_size(bias.shape).to(x.dtype, copy=True)
-    return _contiguous(dz, x.dtype) if need_dx else dy.new_empty(0), dbias
+    return _contiguous(dz, x.dtype) if need_dx else None, dbias
 
 
 def _sum(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,10 +17,10 @@ def supports(
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, stream, mean, rstd)."""
     if residual is None:
-        s, stream = x, x.new_empty(0)
+        s, stream = x, None
     else:
         s = stream = torch.add(x.to(residual.dtype), residual).contiguous()
     # Low precision is widened first: native_layer_norm rounds its statistics to the input's dtype.
@@ -39,7 +39,7 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dweight, dbias)."""
     lead = (*x.shape[:-1], 1)
     mask = [need_dx, need_dw and weight is not None, need_db and bias is not None]
@@ -48,12 +48,11 @@ def layer_norm_bwd(
     )
     if mask[0] and dstream is not None:
         ds = ds + dstream
-    absent = dy.new_empty
     return (
-        ds.to(dy.dtype) if mask[0] else absent(0),
-        ds.to(x.dtype) if mask[0] and x.dtype != dy.dtype else absent(0),
-        dw.to(weight.dtype) if mask[1] and weight is not None else absent(0),
-        db.to(bias.dtype) if mask[2] and bias is not None else absent(0),
+        ds.to(dy.dtype) if mask[0] else None,
+        ds.to(x.dtype) if mask[0] and x.dtype != dy.dtype else None,
+        dw.to(weight.dtype) if mask[1] and weight is not None else None,
+        db.to(bias.dtype) if mask[2] and bias is not None else None,
     )
 
 

@@ -1,0 +1,138 @@
+"""The GPT training step: forward, loss, backward, AdamW; fp32, or bf16 by autocast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import buffers
+from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
+from benchmarks.timing import Step, measure
+from fastgpt.models.gpt import GPT, GPTConfig
+from fastgpt.models.stock_gpt import StockGPT
+
+if TYPE_CHECKING:
+    from benchmarks.suites import Budget, Options
+
+OP = "gpt_step"
+MODEL = GPTConfig(vocab_size=4096, embedding_dim=256, num_heads=4, num_layers=4, max_seq_length=128)
+BATCH, LENGTH, BATCHES = 8, 128, 4
+MFU_FORMULA = "6·N·tokens / seconds / best matrix product measured in that dtype; N: parameters without positions"
+
+# A step has no bound per element, so this is what it must keep to: the loss, and every parameter's gradient by
+# its relative L2 error, against the stock model in fp64. A wrong kernel misses these by orders of magnitude.
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[Row]:
+    from benchmarks.suites import compile_refusal
+
+    device, case = options.device, f"{MODEL.num_layers}x{MODEL.embedding_dim}-batch_{BATCH}x{LENGTH}"
+    if dtype not in LOSS_TOLERANCE:
+        return [Row(OP, case, dtype, "step", FASTGPT, note="only fp32 and bf16")]
+    torch.manual_seed(0)
+    weights = GPT(MODEL).state_dict()
+    batches = [torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH), device=device) for _ in range(BATCHES)]
+    modules: dict[str, nn.Module] = {FASTGPT: GPT(MODEL), EAGER: StockGPT(MODEL)}
+    notes = {}
+    refusal = compile_refusal(options, budget)
+    if refusal:
+        notes[COMPILED] = refusal
+    else:
+        modules[COMPILED] = StockGPT(MODEL)
+    exact = loss_and_gradients(_loaded(StockGPT(MODEL), weights, device).double(), None, batches[0], "fp64")
+
+    steps: dict[str, Step] = {}
+    errors, peaks = {}, {}
+    for name, module in modules.items():
+        call: Model = _loaded(module, weights, device)
+        if name == COMPILED:
+            torch._dynamo.reset()
+            call = torch.compile(module, dynamic=False)
+        started = time.perf_counter()
+        try:
+            errors[name] = error(loss_and_gradients(module, call, batches[0], dtype), exact, dtype)
+        except Exception as failure:  # torch.compile fails in many ways; the others go on
+            if name != COMPILED:
+                raise
+            notes[name] = f"torch.compile failed: {type(failure).__name__}"
+            continue
+        if name == COMPILED:
+            budget.compiling += time.perf_counter() - started
+        if not errors[name] <= 1.0:
+            notes[name] = f"outside tolerance ×{errors[name]:.3g}"
+            if name == FASTGPT:
+                continue
+        steps[name] = training_step(module, call, batches, dtype)
+        steps[name](0)
+        peaks[name] = buffers.peak_bytes(lambda step=steps[name]: step(0), device)  # type: ignore[misc]
+    # A step is the sum of hundreds of kernels: a few more rounds than an op needs, at the price of a few seconds.
+    timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds, min_rounds=9)
+
+    tokens = BATCH * LENGTH
+    flops = 6 * parameter_count(modules[EAGER]) * tokens
+    result = []
+    for name in (FASTGPT, EAGER, COMPILED):
+        row = Row(OP, case, dtype, "step", name, flops=flops, tokens=tokens, note=notes.get(name, ""))
+        row.error, row.peak_bytes, row.sets, row.inputs = errors.get(name), peaks.get(name), BATCHES, "as in training"
+        row.backend = "automatic" if name == FASTGPT else None
+        if name in timings:
+            timing = timings[name]
+            row.seconds, row.host_seconds, row.minor_faults = timing.seconds, timing.host_seconds, timing.minor_faults
+            row.rounds, row.calls = len(timing.samples), timing.calls
+        result.append(row)
+    return result
+
+
+def training_step(module: nn.Module, call: Model, batches: list[Tensor], dtype: str) -> Step:
+    device = batches[0].device.type
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+    def step(i: int) -> None:
+        tokens, targets = batches[i]
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = call(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def loss_and_gradients(
+    module: nn.Module, call: Model | None, batch: Tensor, dtype: str
+) -> tuple[float, dict[str, Tensor]]:
+    tokens, targets = batch
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        loss = (call or module)(tokens, targets)
+    loss.backward()
+    gradients = {name: p.grad.double() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return loss.item(), gradients
+
+
+def error(got: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[str, Tensor]], dtype: str) -> float:
+    """The largest error as a fraction of its tolerance."""
+    worst = abs(got[0] - exact[0]) / LOSS_TOLERANCE[dtype]
+    for name, truth in exact[1].items():
+        if name not in got[1]:
+            return float("inf")
+        relative = ((got[1][name] - truth).norm() / truth.norm()).item()
+        worst = max(worst, relative / GRADIENT_TOLERANCE[dtype]) if relative == relative else float("inf")
+    return worst
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith("wpe"))
+
+
+def _loaded(module: nn.Module, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
+    module.load_state_dict(weights)
+    return module.to(device)

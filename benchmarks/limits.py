@@ -1,0 +1,88 @@
+"""What this machine can do at best, measured in the same run as what is compared with it.
+
+Each is the best of several ways that PyTorch offers, by its p20 time. They are measurements, not data-sheet
+figures: "fp32 peak" is the best fp32 matrix product measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Step, measure
+
+COPY_MIB = {"cpu": 384, "cuda": 2048}  # per buffer, beyond any last-level cache
+SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+
+NAMES = {
+    "copy": "copy (bytes read + bytes written)",
+    "read": "read",
+    "float32": "best fp32 matrix product",
+    "bfloat16": "best bf16 matrix product",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    rate: float  # bytes/s or FLOP/s
+    way: str
+
+
+Limits = dict[str, Limit]
+
+
+class LimitMeter:
+    """Holds its buffers, so that measuring again and again costs no page faults."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        n = COPY_MIB[device.type] * 2**20 // 4
+        source, target = torch.rand(n, device=device), torch.rand(n, device=device)
+        self.work: dict[str, dict[str, tuple[Step, float]]] = {
+            "copy": {
+                "copy_": (lambda _: target.copy_(source), 8.0 * n),
+                "mul(out=)": (lambda _: torch.mul(source, 1.5, out=target), 8.0 * n),
+            },
+            "read": {
+                "sum": (lambda _: source.sum(), 4.0 * n),
+                "amax": (lambda _: source.amax(), 4.0 * n),
+                "dot": (lambda _: torch.dot(source, target), 8.0 * n),
+            },
+        }
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            self.work[name] = {f"{m}x{m}x{m}": (_product(m, dtype, device), 2.0 * m**3) for m in SQUARES[device.type]}
+
+    def measure(self, seconds: float = 2.0) -> Limits:
+        result: Limits = {}
+        for name, ways in self.work.items():
+            steps = {way: step for way, (step, _) in ways.items()}
+            timings = measure(steps, self.device, seconds=seconds / len(self.work), min_rounds=3)
+            rates = {way: ways[way][1] / timing.seconds.p20 for way, timing in timings.items()}
+            best = max(rates, key=lambda way: rates[way])
+            result[name] = Limit(rates[best], best)
+        return result
+
+
+def _product(m: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
+    a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(m, m, dtype=dtype, device=device)
+    return lambda _: torch.mm(a, b, out=out)
+
+
+def to_json(limits: Limits, when: str) -> dict[str, Any]:
+    return {"when": when, **{name: asdict(limit) for name, limit in limits.items()}}
+
+
+def best(measured: list[dict[str, Any]]) -> dict[str, float]:
+    """The highest rate of each limit over the run's measurements (as `to_json` made them)."""
+    return {name: max(entry[name]["rate"] for entry in measured) for name in NAMES}
+
+
+def least_seconds(moved: float, flops: float, dtype: str, rates: dict[str, float]) -> float:
+    """No implementation can be faster: it must move these bytes and do these operations."""
+    peak = rates["bfloat16" if dtype in ("bfloat16", "float16") else "float32"]
+    return max(moved / rates["copy"], flops / peak)

@@ -1,0 +1,259 @@
+"""The quick suite: every op of the registry at its bench cases, then the GPT step (`gpt_step.py`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import buffers, environment, limits
+from benchmarks.proof import Truth
+from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run
+from benchmarks.timing import Step, Timing, measure
+from fastgpt._core import dispatch, registry
+from fastgpt._core.spec import Case, Draw, OpSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
+CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
+
+Emit = Callable[[list[Row], list[dict[str, Any]]], None]  # the rows of a case, the limits so far
+Function = Callable[..., Any]
+
+
+@dataclass
+class Options:
+    device: torch.device
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    ops: tuple[str, ...] = ()  # none: all
+    backends: tuple[str, ...] = ()  # of ours, timed beside the automatic choice
+    budget: float = 270.0
+    compiled: bool = True
+
+
+@dataclass
+class Budget:
+    """Seconds of the run, and of them what torch.compile may take."""
+
+    total: float
+    start: float = field(default_factory=time.perf_counter)
+    compiling: float = 0.0
+
+    @property
+    def left(self) -> float:
+        return self.total - (time.perf_counter() - self.start)
+
+    @property
+    def may_compile(self) -> bool:
+        return self.compiling < COMPILE_SHARE * self.total and self.left > 15.0
+
+
+@dataclass(frozen=True)
+class OpCase:
+    spec: OpSpec
+    case: Case
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name} {self.case.name} {self.dtype_name}"
+
+
+def op_cases(ops: Sequence[str], dtypes: Sequence[str]) -> list[OpCase]:
+    """All cases, those first that tell most: of every op the largest of every form, then the next size."""
+    ranked: list[tuple[int, OpCase]] = []
+    for spec in [registry.get(name) for name in ops] if ops else registry.ops():
+        forms: dict[str, list[Case]] = {}
+        for case in spec.bench_cases:
+            forms.setdefault(repr(sorted(case.options.items())), []).append(case)
+        for cases in forms.values():
+            cases.sort(key=lambda case: torch.Size(case.shape).numel(), reverse=True)
+            for rank, case in enumerate(cases):
+                ranked += [(rank, OpCase(spec, case, dtype)) for dtype in dtypes if allowed(case, dtype)]
+    ranked.sort(key=lambda pair: pair[0])
+    return [case for _, case in ranked]
+
+
+def allowed(case: Case, dtype: str) -> bool:
+    return dtype != "fp32" or not case.mixed
+
+
+def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
+    """Run the suite within the budget; `emit` gets the rows of each case as soon as they are there."""
+    from benchmarks import gpt_step
+
+    settings = {
+        "suite": "quick",
+        "dtypes": list(options.dtypes),
+        "ops": list(options.ops),
+        "backends": list(options.backends),
+        "budget": options.budget,
+        "forward": "with autograd's bookkeeping, as in training",
+    }
+    run, budget = Run(environment_stamp, settings), Budget(options.budget)
+    meter = limits.LimitMeter(options.device)
+    run.limits.append(limits.to_json(meter.measure(), "start"))
+    jobs: list[tuple[str, Callable[[float], list[Row]]]] = []
+    if not options.ops or gpt_step.OP in options.ops:
+        jobs += [
+            (f"{gpt_step.OP} {dtype}", partial(gpt_step.rows, dtype, options, budget)) for dtype in options.dtypes
+        ]
+    ops = [name for name in options.ops if name != gpt_step.OP]
+    if ops or not options.ops:
+        jobs += [(c.name, partial(op_rows, c, options, budget)) for c in op_cases(ops, options.dtypes)]
+    for done, (name, job) in enumerate(jobs):
+        if budget.left < 5.0:
+            run.not_run.append(f"{name}: the budget of {options.budget:.0f} s is spent")
+            continue
+        if done == len(jobs) // 2 > 0:
+            run.limits.append(limits.to_json(meter.measure(), "middle"))
+        # Half of what is left goes into timing; checks and compilation take the rest.
+        least, most = CASE_SECONDS
+        rows = job(min(max(0.5 * budget.left / (len(jobs) - done), least), most))
+        run.rows += rows
+        emit(rows, run.limits)
+    run.limits.append(limits.to_json(meter.measure(), "end"))
+    run.seconds = round(time.perf_counter() - budget.start, 1)
+    return run
+
+
+def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -> list[Row]:
+    """Check, then time, every contender on one case; forward and forward+backward share the rounds."""
+    spec, case, dtype, device = op_case.spec, op_case.case, op_case.dtype, options.device
+    inputs = spec.make_inputs(case, dtype, Draw(0, device))
+    truth = Truth(spec, inputs, dtype)
+    functions: dict[str, Function] = {FASTGPT: spec.function, EAGER: spec.baseline}
+    for backend in options.backends:
+        functions[f"{FASTGPT} {backend}"] = partial(spec.function, backend=backend)
+    notes: dict[str, str] = {}
+    compiled, why_not = compile_baseline(spec, options, budget)
+    if compiled is not None:
+        functions[COMPILED] = compiled
+    else:
+        notes[COMPILED] = why_not
+
+    errors: dict[str, float] = {}
+    for name, function in list(functions.items()):
+        started = time.perf_counter()
+        try:
+            errors[name] = truth.error(function)
+        except Exception as error:  # a backend that refuses, or one of torch.compile's many ways to fail
+            if name in (FASTGPT, EAGER):
+                raise
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            del functions[name]
+            continue
+        if name == COMPILED:
+            budget.compiling += time.perf_counter() - started
+        if errors[name] > 1.0:
+            notes[name] = f"outside bound ×{errors[name]:.3g}"
+            if name.startswith(FASTGPT):  # ours outside its bound is not timed; PyTorch is, and it shows
+                del functions[name]
+
+    gradients = truth.gradients
+    sets, temperature = buffers.rotation(buffers.tensor_bytes(inputs.values()), buffers.caches(device))
+    rotated = buffers.copies(inputs, sets, gradients)
+    steps, peaks = {}, {}
+    for name, function in functions.items():
+        passes = passes_of(function, rotated, gradients, truth.output_gradients)
+        for pass_, step in passes.items():
+            steps[name, pass_] = step
+            step(0)
+            peaks[name, pass_] = buffers.peak_bytes(partial(step, 0), device)
+    labels = {f"{name} {pass_}": (name, pass_) for name, pass_ in steps}
+    measured = measure({label: steps[key] for label, key in labels.items()}, device, sets=sets, seconds=seconds)
+    timings = {labels[label]: timing for label, timing in measured.items()}
+
+    backend = dispatch.choose(spec, spec.prepare(**inputs))
+    cost = spec.cost(case, dtype)
+    work = {
+        "fwd": (cost.fwd_bytes, cost.fwd_flops),
+        "fwd+bwd": (cost.fwd_bytes + cost.bwd_bytes, cost.fwd_flops + cost.bwd_flops),
+        "bwd": (cost.bwd_bytes, cost.bwd_flops),
+    }
+    rows = []
+    for pass_ in ("fwd", "fwd+bwd", "bwd") if gradients else ("fwd",):
+        for name in [*functions, *(name for name in notes if name not in functions)]:
+            row = Row(spec.name, case.name, op_case.dtype_name, pass_, name, note=notes.get(name, ""))
+            row.error, (row.moved, row.flops) = errors.get(name), work[pass_]
+            if name.startswith(FASTGPT):
+                row.backend = backend if name == FASTGPT else name.removeprefix(FASTGPT).strip()
+            if name in functions:
+                fill(row, timings, peaks, sets, temperature)
+            rows.append(row)
+    return rows
+
+
+def fill(
+    row: Row,
+    timings: Mapping[tuple[str, str], Timing],
+    peaks: Mapping[tuple[str, str], int],
+    sets: int,
+    temperature: str,
+) -> None:
+    row.sets, row.inputs = sets, temperature
+    if row.pass_ == "bwd":
+        both, forward = timings[row.contender, "fwd+bwd"], timings[row.contender, "fwd"]
+        difference = both.minus(forward)
+        if difference.p20 > 0:  # else noise swallowed it
+            row.seconds, row.rounds, row.calls = difference, len(both.samples), both.calls
+        else:
+            row.note = "; ".join(filter(None, (row.note, "backward lost in the noise")))
+        return
+    timing = timings[row.contender, row.pass_]
+    row.seconds, row.host_seconds, row.minor_faults = timing.seconds, timing.host_seconds, timing.minor_faults
+    row.rounds, row.calls = len(timing.samples), timing.calls
+    row.peak_bytes = peaks[row.contender, row.pass_]
+
+
+def passes_of(
+    function: Function,
+    inputs: Sequence[Mapping[str, Any]],
+    gradients: Sequence[str],
+    output_gradients: Sequence[Tensor],
+) -> dict[str, Step]:
+    """Forward, and forward with backward, as steps over the sets of `inputs`."""
+
+    def forward(i: int) -> object:
+        return function(**inputs[i])
+
+    def both(i: int) -> object:
+        outputs = as_tuple(function(**inputs[i]))
+        return torch.autograd.grad(outputs, leaves[i], dys[i])
+
+    leaves = [[one[name] for name in gradients] for one in inputs]
+    dys = [[dy.clone() for dy in output_gradients] for _ in inputs]
+    return {"fwd": forward, "fwd+bwd": both} if gradients else {"fwd": forward}
+
+
+def compile_baseline(spec: OpSpec, options: Options, budget: Budget) -> tuple[Function | None, str]:
+    """torch.compile of the baseline for exactly this case's shapes, or None and the reason."""
+    reason = compile_refusal(options, budget)
+    if reason:
+        return None, reason
+    torch._dynamo.reset()
+    return torch.compile(spec.baseline, dynamic=False), ""
+
+
+def compile_refusal(options: Options, budget: Budget) -> str:
+    if not options.compiled:
+        return "not asked for"
+    if options.device.type == "cpu" and environment.cxx_compiler() is None:
+        return "no C++ compiler for torch.compile"
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1"
+    return "" if budget.may_compile else "this run's share for compiling is spent"
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
