@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler counts allocations here and needs not announce it
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # we only count allocations with it: no announcements
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMANDS = ("report", "readme", "compare")
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     if options.allocator == "keep" and not fastgpt.keep_large_blocks():
         print("keep_large_blocks has no effect here: the default allocator is measured")
     stamp = environment.stamp(device)
-    print(", ".join(f"{name} {stamp[name]}" for name in report.ENVIRONMENT if stamp.get(name) is not None))
+    print("\n".join(report.environment_lines(stamp)))
 
     chosen = suites.Options(
         device=device,
@@ -72,8 +72,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=["quick"], default="quick")
     parser.add_argument("--op", action="append", choices=ops, help="only this op (may be repeated)")
-    parser.add_argument("--dtype", action="append", choices=list(suites.DTYPES), help="default: fp32 and bf16")
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="time it beside the automatic choice")
+    parser.add_argument(
+        "--dtype", action="append", choices=list(suites.DTYPES), help="default: fp32 and bf16"
+    )
+    parser.add_argument(
+        "--backend", action="append", choices=BACKENDS, help="time it beside the automatic choice"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--allocator",
@@ -94,7 +98,14 @@ def both_allocators(arguments: list[str], out: Path) -> int:
     paths = []
     for allocator in ("default", "keep"):
         before = set(out.glob("*.json"))
-        command = [sys.executable, "-m", "benchmarks", *arguments, "--allocator", allocator]  # the last one counts
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            *arguments,
+            "--allocator",
+            allocator,
+        ]  # the last one counts
         code = subprocess.run(command, check=False).returncode
         if code:
             return code

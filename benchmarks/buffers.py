@@ -57,7 +57,10 @@ def copies(inputs: Mapping[str, Any], sets: int, gradients: Iterable[str]) -> li
     wanted = set(gradients)
     result = []
     for _ in range(sets):
-        copy = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        copy = {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
         for key, value in copy.items():
             if key in wanted and isinstance(value, Tensor) and value.is_floating_point():
                 value.requires_grad_()
@@ -78,7 +81,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     # The public event list folds allocations into ops; the order of single allocations is only here.
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()

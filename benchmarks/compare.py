@@ -18,16 +18,20 @@ def compare(before: Run, after: Run) -> str:
     pairs = matching(before, after)
     real = [(a, b) for a, b in pairs if a.seconds and b.seconds and beyond_noise(a.seconds, b.seconds)]
     real.sort(key=lambda pair: abs(_change(*pair) - 1.0), reverse=True)
-    lines.append(f"{len(pairs)} rows in both; {len(real)} differ beyond the noise (ranges p20 to p80 are apart)")
+    lines.append(
+        f"{len(pairs)} rows in both; {len(real)} differ beyond the noise (ranges p20 to p80 are apart)"
+    )
     for a, b in real:
-        assert a.seconds and b.seconds
+        assert a.seconds is not None
+        assert b.seconds is not None
         change = _change(a, b)
         times = f"{duration(a.seconds.median)} -> {duration(b.seconds.median)}"
         backends = f" [{a.backend} -> {b.backend}]" if a.backend != b.backend else ""
         word = f"{1 / change:.2f} times as fast" if change < 1 else f"{change:.2f} times as slow"
         lines.append(f"  {' '.join(b.key)}: {times}, {word}{backends}")
     for name, ours, theirs in (("first", before, after), ("second", after, before)):
-        alone = {row.key for row in ours.rows if row.seconds} - {row.key for row in theirs.rows if row.seconds}
+        other = {row.key for row in theirs.rows if row.seconds}
+        alone = {row.key for row in ours.rows if row.seconds} - other
         if alone:
             lines.append(f"timed only in the {name}: {len(alone)} rows, such as {' '.join(sorted(alone)[0])}")
     return "\n".join(lines)
@@ -40,5 +44,6 @@ def matching(before: Run, after: Run) -> list[tuple[Row, Row]]:
 
 
 def _change(before: Row, after: Row) -> float:
-    assert before.seconds and after.seconds
+    assert before.seconds is not None
+    assert after.seconds is not None
     return after.seconds.median / before.seconds.median

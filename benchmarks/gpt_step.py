@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks import buffers
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
 from benchmarks.timing import Step, measure
+from fastgpt._core.spec import Draw
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.stock_gpt import StockGPT
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 OP = "gpt_step"
 MODEL = GPTConfig(vocab_size=4096, embedding_dim=256, num_heads=4, num_layers=4, max_seq_length=128)
 BATCH, LENGTH, BATCHES = 8, 128, 4
-MFU_FORMULA = "6·N·tokens / seconds / best matrix product measured in that dtype; N: parameters without positions"
 
 # A step has no bound per element, so this is what it must keep to: the loss, and every parameter's gradient by
 # its relative L2 error, against the stock model in fp64. A wrong kernel misses these by orders of magnitude.
@@ -37,28 +38,16 @@ def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[R
     device, case = options.device, f"{MODEL.num_layers}x{MODEL.embedding_dim}-batch_{BATCH}x{LENGTH}"
     if dtype not in LOSS_TOLERANCE:
         return [Row(OP, case, dtype, "step", FASTGPT, note="only fp32 and bf16")]
-    torch.manual_seed(0)
-    weights = GPT(MODEL).state_dict()
-    batches = [torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH), device=device) for _ in range(BATCHES)]
-    modules: dict[str, nn.Module] = {FASTGPT: GPT(MODEL), EAGER: StockGPT(MODEL)}
-    notes = {}
-    refusal = compile_refusal(options, budget)
-    if refusal:
-        notes[COMPILED] = refusal
-    else:
-        modules[COMPILED] = StockGPT(MODEL)
-    exact = loss_and_gradients(_loaded(StockGPT(MODEL), weights, device).double(), None, batches[0], "fp64")
-
-    steps: dict[str, Step] = {}
-    errors, peaks = {}, {}
-    for name, module in modules.items():
-        call: Model = _loaded(module, weights, device)
-        if name == COMPILED:
-            torch._dynamo.reset()
-            call = torch.compile(module, dynamic=False)
+    batches = random_batches(device)
+    notes, steps, errors, peaks = {}, {}, {}, {}
+    for name in (FASTGPT, EAGER, COMPILED):
+        if name == COMPILED and (refusal := compile_refusal(options, budget)):
+            notes[name] = refusal
+            continue
+        module, call = contender(name, device)
         started = time.perf_counter()
         try:
-            errors[name] = error(loss_and_gradients(module, call, batches[0], dtype), exact, dtype)
+            errors[name] = checked(module, call, batches[0], dtype)
         except Exception as failure:  # torch.compile fails in many ways; the others go on
             if name != COMPILED:
                 raise
@@ -72,23 +61,49 @@ def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[R
                 continue
         steps[name] = training_step(module, call, batches, dtype)
         steps[name](0)
-        peaks[name] = buffers.peak_bytes(lambda step=steps[name]: step(0), device)  # type: ignore[misc]
+        peaks[name] = buffers.peak_bytes(partial(steps[name], 0), device)
     # A step is the sum of hundreds of kernels: a few more rounds than an op needs, at the price of a few seconds.
     timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds, min_rounds=9)
 
     tokens = BATCH * LENGTH
-    flops = 6 * parameter_count(modules[EAGER]) * tokens
+    flops = 6 * parameter_count(StockGPT(MODEL)) * tokens
     result = []
     for name in (FASTGPT, EAGER, COMPILED):
         row = Row(OP, case, dtype, "step", name, flops=flops, tokens=tokens, note=notes.get(name, ""))
-        row.error, row.peak_bytes, row.sets, row.inputs = errors.get(name), peaks.get(name), BATCHES, "as in training"
         row.backend = "automatic" if name == FASTGPT else None
+        row.error, row.peak_bytes = errors.get(name), peaks.get(name)
+        row.sets, row.inputs = BATCHES, "as in training"
         if name in timings:
-            timing = timings[name]
-            row.seconds, row.host_seconds, row.minor_faults = timing.seconds, timing.host_seconds, timing.minor_faults
-            row.rounds, row.calls = len(timing.samples), timing.calls
+            row.take(timings[name])
         result.append(row)
     return result
+
+
+def contender(name: str, device: torch.device) -> tuple[nn.Module, Model]:
+    """A model with the weights that all contenders start from, and how to call it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = GPT(MODEL).state_dict()
+    module = GPT(MODEL) if name == FASTGPT else StockGPT(MODEL)
+    module.load_state_dict(weights)
+    module.to(device)
+    if name != COMPILED:
+        return module, module
+    torch._dynamo.reset()
+    return module, torch.compile(module, dynamic=False)
+
+
+def random_batches(device: torch.device) -> list[Tensor]:
+    """Each is (tokens, targets)."""
+    draw = Draw(0, device)
+    return [draw.integers(0, MODEL.vocab_size, (2, BATCH, LENGTH)) for _ in range(BATCHES)]
+
+
+def checked(module: nn.Module, call: Model, batch: Tensor, dtype: str) -> float:
+    """The error of one step's loss and gradients as a fraction of the tolerance, against the stock model in fp64."""
+    exact, _ = contender(EAGER, batch.device)
+    truth = loss_and_gradients(exact.double(), exact, batch, "fp64")
+    return error(loss_and_gradients(module, call, batch, dtype), truth, dtype)
 
 
 def training_step(module: nn.Module, call: Model, batches: list[Tensor], dtype: str) -> Step:
@@ -107,11 +122,11 @@ def training_step(module: nn.Module, call: Model, batches: list[Tensor], dtype: 
 
 
 def loss_and_gradients(
-    module: nn.Module, call: Model | None, batch: Tensor, dtype: str
+    module: nn.Module, call: Model, batch: Tensor, dtype: str
 ) -> tuple[float, dict[str, Tensor]]:
     tokens, targets = batch
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        loss = (call or module)(tokens, targets)
+        loss = call(tokens, targets)
     loss.backward()
     gradients = {name: p.grad.double() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
@@ -131,8 +146,3 @@ def error(got: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[str, Te
 
 def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for name, p in module.named_parameters() if not name.startswith("wpe"))
-
-
-def _loaded(module: nn.Module, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
-    module.load_state_dict(weights)
-    return module.to(device)

@@ -54,7 +54,9 @@ class LimitMeter:
         }
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
-            self.work[name] = {f"{m}x{m}x{m}": (_product(m, dtype, device), 2.0 * m**3) for m in SQUARES[device.type]}
+            self.work[name] = {
+                f"{m}x{m}x{m}": (_product(m, dtype, device), 2.0 * m**3) for m in SQUARES[device.type]
+            }
 
     def measure(self, seconds: float = 2.0) -> Limits:
         result: Limits = {}
@@ -80,9 +82,3 @@ def to_json(limits: Limits, when: str) -> dict[str, Any]:
 def best(measured: list[dict[str, Any]]) -> dict[str, float]:
     """The highest rate of each limit over the run's measurements (as `to_json` made them)."""
     return {name: max(entry[name]["rate"] for entry in measured) for name in NAMES}
-
-
-def least_seconds(moved: float, flops: float, dtype: str, rates: dict[str, float]) -> float:
-    """No implementation can be faster: it must move these bytes and do these operations."""
-    peak = rates["bfloat16" if dtype in ("bfloat16", "float16") else "float32"]
-    return max(moved / rates["copy"], flops / peak)

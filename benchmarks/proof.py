@@ -56,7 +56,10 @@ class Truth:
         self, function: Callable[..., Any], inputs: Mapping[str, Any], output_gradients: list[Tensor]
     ) -> dict[str, Tensor]:
         """Outputs by name, and gradients by "d" + name."""
-        call = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        call = {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
         leaves = [call[name].requires_grad_() for name in self.gradients]
         outputs = _as_tuple(function(**call))
         result = {name: y.detach() for name, y in zip(self.spec.outputs, outputs, strict=False)}

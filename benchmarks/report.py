@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import limits
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, by_case, slower_than_eager
 from benchmarks.timing import Quantiles
 
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-ENVIRONMENT = ("device", "cpu", "cores", "threads", "simd", "torch_simd", "cpu_mhz", "gpu_clocks", "memory_gib")
-ENVIRONMENT += ("allocator", "load_average", "system", "python", "torch", "triton", "numpy", "commit", "dirty", "date")
+MACHINE = ("device", "cpu", "cores", "threads", "simd", "torch_simd", "cpu_mhz", "gpu_clocks", "memory_gib")
+SETUP = (
+    "allocator",
+    "load_average",
+    "system",
+    "python",
+    "torch",
+    "triton",
+    "numpy",
+    "commit",
+    "dirty",
+    "date",
+)
+COLUMNS = (
+    *("case", "dtype", "pass", "contender", "time", "GB/s", "GFLOP/s", "of limit", "×eager", "×compiled"),
+    *("faults", "peak MiB", "inputs", "error", "note"),
+)
 NOTES = """\
-- Times are medians, in brackets p20 to p80. All contenders of a case ran in one process, in random order in every round.
+- Times are medians, in brackets p20 to p80. All contenders of a case ran in one process, in random order each round.
 - `fwd` is the forward as training runs it (inputs require gradients); `bwd` is (fwd+bwd) − fwd, round by round.
 - *of limit*: the time that the bytes and operations a call cannot do without take at the measured limits, over the
   time it took. Which limit binds is named. A call whose data lies in a cache can exceed the limit of copying.
@@ -25,14 +40,13 @@ NOTES = """\
 def markdown(run: Run) -> str:
     rates = limits.best(run.limits)
     sections = [f"# Benchmark: {run.settings['suite']}\n"]
-    sections.append("\n".join(f"- {k}: {run.environment[k]}" for k in ENVIRONMENT if run.environment.get(k) is not None))
+    sections.append("\n".join(f"- {line}" for line in environment_lines(run.environment)))
     sections.append("## Limits, measured in this run\n\n" + limit_table(run))
     tables = by_case(run.rows)
     for op in dict.fromkeys(row.op for row in run.rows):
         lines = [
-            "| case | dtype | pass | contender | time | GB/s | GFLOP/s | of limit | ×eager | ×compiled | faults | peak MiB"
-            " | inputs | error | note |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" * len(COLUMNS) + "|",
         ]
         for key in sorted((key for key in tables if key[0] == op), key=_order):
             lines += [_line(row, tables[key], rates) for row in tables[key].values()]
@@ -59,7 +73,8 @@ def readme(run: Run) -> str:
         cells += [ratio(table, EAGER, row), ratio(table, COMPILED, row), of_limit(row, rates)]
         lines.append("| " + " | ".join(cells) + " |")
     env = run.environment
-    where = f"{env['cpu'] if env['device'] == 'cpu' else env['device']}, {env['threads']} threads, torch {env['torch']}"
+    machine = env["cpu"] if env["device"] == "cpu" else env["device"]
+    where = f"{machine}, {env['threads']} threads, torch {env['torch']}"
     best = ", ".join(f"{name} {rate(name, value)}" for name, value in rates.items())
     lines += ["", f"Measured on {where}, allocator: {env['allocator']}, {env['date'][:10]}. Limits: {best}."]
     return "\n".join(lines) + "\n"
@@ -78,7 +93,12 @@ def plot(run: Run, path: Path) -> None:
     counts = [sum(key[0] == op for key in tables) for op in ops]
     height = sum(counts) * 0.32 + 0.9 * len(ops) + 0.5
     figure, axes = plt.subplots(
-        len(ops), 1, figsize=(10, height), squeeze=False, height_ratios=[n + 2 for n in counts], layout="constrained"
+        len(ops),
+        1,
+        figsize=(10, height),
+        squeeze=False,
+        height_ratios=[n + 2 for n in counts],
+        layout="constrained",
     )
     colours = {FASTGPT: "tab:blue", EAGER: "tab:gray", COMPILED: "tab:orange"}
     for op, axis in zip(ops, axes[:, 0], strict=True):
@@ -98,7 +118,7 @@ def plot(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-def progress(rows: Iterable[Row], measured: list[dict[str, object]]) -> str:
+def progress(rows: Iterable[Row], measured: list[dict[str, Any]]) -> str:
     """A line per case for the terminal, while the run goes on."""
     rates = limits.best(measured)
     lines = []
@@ -123,7 +143,8 @@ def verdict(run: Run) -> str:
         return f"None of {sum(1 for row in run.rows if row.contender == FASTGPT and row.seconds)} cases."
     lines = []
     for ours, eager in found:
-        assert ours.seconds and eager.seconds
+        assert ours.seconds is not None
+        assert eager.seconds is not None
         times = f"{duration(ours.seconds.median)} [{ours.backend}] against {duration(eager.seconds.median)}"
         slower = ours.seconds.median / eager.seconds.median
         lines.append(f"- {' '.join(ours.case_key)}: {times}, {slower:.2f} times as long")
@@ -147,6 +168,12 @@ def fraction(row: Row, rates: Mapping[str, float]) -> tuple[float, str]:
     copying, computing = row.moved / rates["copy"], row.flops / peak
     name = "copy" if copying >= computing else "product"
     return max(copying, computing) / row.seconds.median, name
+
+
+def environment_lines(environment: Mapping[str, object]) -> list[str]:
+    return [
+        f"{name}: {environment[name]}" for name in (*MACHINE, *SETUP) if environment.get(name) is not None
+    ]
 
 
 def of_limit(row: Row, rates: Mapping[str, float]) -> str:
@@ -179,7 +206,9 @@ def _line(row: Row, table: Mapping[str, Row], rates: Mapping[str, float]) -> str
     if row.seconds is None:
         cells += ["–"] * 8
     else:
-        cells.append(_time(row.seconds) + (f", host {duration(row.host_seconds.median)}" if row.host_seconds else ""))
+        cells.append(
+            _time(row.seconds) + (f", host {duration(row.host_seconds.median)}" if row.host_seconds else "")
+        )
         cells.append(f"{row.moved / row.seconds.median * 1e-9:.1f}" if row.moved else "–")
         cells.append(f"{row.flops / row.seconds.median * 1e-9:.1f}")
         cells += [of_limit(row, rates), ratio(table, EAGER, row), ratio(table, COMPILED, row)]
@@ -196,15 +225,17 @@ def _time(seconds: Quantiles) -> str:
 
 
 def _mfu_note(run: Run) -> str:
-    formula = "6·N·tokens / seconds / best matrix product measured in that dtype; N: parameters without positions"
     if not any(row.tokens for row in run.rows):
         return ""
-    return f"- *of limit* of a training step is its MFU: {formula}.\n"
+    return (
+        "- *of limit* of a training step is its MFU: 6·N·tokens / seconds / best matrix product measured in that\n"
+        "  dtype, where N counts the parameters without the positions' table.\n"
+    )
 
 
-def _order(key: tuple[str, str, str, str]) -> tuple[str, str, list[int], str, str]:
+def _order(key: tuple[str, str, str, str]) -> tuple[str, str, list[int], str, int]:
     """Small shapes before large ones within a form."""
     op, case, dtype, pass_ = key
     shape, _, form = case.partition("-")
     sizes = [int(size) for size in shape.split("x")] if shape.replace("x", "").isdigit() else []
-    return op, form, sizes, dtype, ("fwd", "bwd", "fwd+bwd", "step").index(pass_).__str__()
+    return op, form, sizes, dtype, ("fwd", "bwd", "fwd+bwd", "step").index(pass_)

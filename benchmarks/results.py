@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Quantiles
+from benchmarks.timing import Quantiles, Timing
 
 FORMAT = 1
 FASTGPT, EAGER, COMPILED = "fastgpt", "torch eager", "torch compiled"
@@ -49,6 +49,11 @@ class Row:
     def __post_init__(self) -> None:
         self.seconds = Quantiles(*self.seconds) if self.seconds else None
         self.host_seconds = Quantiles(*self.host_seconds) if self.host_seconds else None
+
+    def take(self, timing: Timing) -> None:
+        self.seconds, self.host_seconds = timing.seconds, timing.host_seconds
+        self.minor_faults = timing.minor_faults
+        self.rounds, self.calls = len(timing.samples), timing.calls
 
     @property
     def case_key(self) -> tuple[str, str, str, str]:

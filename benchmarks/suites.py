@@ -106,7 +106,8 @@ def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Ru
     jobs: list[tuple[str, Callable[[float], list[Row]]]] = []
     if not options.ops or gpt_step.OP in options.ops:
         jobs += [
-            (f"{gpt_step.OP} {dtype}", partial(gpt_step.rows, dtype, options, budget)) for dtype in options.dtypes
+            (f"{gpt_step.OP} {dtype}", partial(gpt_step.rows, dtype, options, budget))
+            for dtype in options.dtypes
         ]
     ops = [name for name in options.ops if name != gpt_step.OP]
     if ops or not options.ops:
@@ -171,7 +172,9 @@ def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -
             step(0)
             peaks[name, pass_] = buffers.peak_bytes(partial(step, 0), device)
     labels = {f"{name} {pass_}": (name, pass_) for name, pass_ in steps}
-    measured = measure({label: steps[key] for label, key in labels.items()}, device, sets=sets, seconds=seconds)
+    measured = measure(
+        {label: steps[key] for label, key in labels.items()}, device, sets=sets, seconds=seconds
+    )
     timings = {labels[label]: timing for label, timing in measured.items()}
 
     backend = dispatch.choose(spec, spec.prepare(**inputs))
@@ -210,9 +213,7 @@ def fill(
         else:
             row.note = "; ".join(filter(None, (row.note, "backward lost in the noise")))
         return
-    timing = timings[row.contender, row.pass_]
-    row.seconds, row.host_seconds, row.minor_faults = timing.seconds, timing.host_seconds, timing.minor_faults
-    row.rounds, row.calls = len(timing.samples), timing.calls
+    row.take(timings[row.contender, row.pass_])
     row.peak_bytes = peaks[row.contender, row.pass_]
 
 

@@ -150,9 +150,12 @@ def measure(
     round_seconds = 0.0
     for name, step in contenders.items():
         clock.sample(step, 0, 1, sets)  # builds, allocates, tunes
-        estimate = min(clock.sample(step, i, 1, sets).seconds for i in range(1, 4))
+        estimate = clock.sample(step, 1, 1, sets).seconds
+        if estimate < 10 * SAMPLE_SECONDS:
+            estimate = min(estimate, *(clock.sample(step, i, 1, sets).seconds for i in range(2, 4)))
         calls[name] = min(max(math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)), 1), max_calls)
-        clock.sample(step, 4, calls[name], sets)  # warm-up in the form that is timed
+        if calls[name] > 1:
+            clock.sample(step, 4, calls[name], sets)  # warm-up in the form that is timed
         round_seconds += estimate * calls[name]
     rounds = min(max(int(seconds / max(round_seconds, 1e-9)), min_rounds), MAX_ROUNDS)
 

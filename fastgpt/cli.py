@@ -81,7 +81,11 @@ def train(
     )  # fmt: skip
     where = _device(device)
     corpus = data.make_corpus(
-        data.read_text(text), tokenizer=tokenizer, vocab_size=vocab_size, seq_length=seq_length, held_out=held_out
+        data.read_text(text),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        seq_length=seq_length,
+        held_out=held_out,
     )
     torch.manual_seed(seed)
     model = GPT(
@@ -109,7 +113,12 @@ def train(
             ("held out", [r["step"] for r in evaluated], [r["held_out"] for r in evaluated], "o-"),
         ]
         image = plot.loss_plot(curves, "training loss", ("unigram entropy", corpus.unigram_entropy))
-        training = {"text": files, "seq_length": seq_length, "unigram_entropy": corpus.unigram_entropy, **vars(config)}
+        training = {
+            "text": files,
+            "seq_length": seq_length,
+            "unigram_entropy": corpus.unigram_entropy,
+            **vars(config),
+        }
         checkpoint.save(str(out), model, corpus.tokenizer, training, records, image)
 
     loop.train(model, corpus, seq_length, config, device=where, on_record=on_record)
@@ -229,7 +238,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing to say, and nobody to say it to
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has gone (`| head`): nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -246,10 +257,14 @@ def user_error(error: Exception) -> str | None:
         name = (error.name or "").partition(".")[0]
         return f"{name} is not installed; it comes with: pip install fastgpt[all]" if name in EXTRAS else None
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else _one_line(error)
+        return (
+            f"{error.filename}: {error.strerror}" if error.filename and error.strerror else _one_line(error)
+        )
     from fastgpt._core.dispatch import BackendError
 
-    if isinstance(error, (BackendError, ValueError, TypeError, KeyError, NotImplementedError, FloatingPointError)):
+    if isinstance(
+        error, (BackendError, ValueError, TypeError, KeyError, NotImplementedError, FloatingPointError)
+    ):
         return _one_line(error)
     return None
 

@@ -57,7 +57,11 @@ class Contender:
     def tokens_per_s(self, config: TrainConfig) -> dict[str, float]:
         tokens = config.batch_size * SEQ_LENGTH
         timed = sorted(tokens / s for s in self.seconds[WARMUP_ROUNDS:])
-        return {"median": statistics.median(timed), "p20": timed[len(timed) // 5], "p80": timed[-1 - len(timed) // 5]}
+        return {
+            "median": statistics.median(timed),
+            "p20": timed[len(timed) // 5],
+            "p80": timed[-1 - len(timed) // 5],
+        }
 
 
 def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
@@ -101,7 +105,9 @@ def make_paths(model_config: GPTConfig, config: TrainConfig, seed: int) -> tuple
     models: dict[str, nn.Module] = {"reference": reference, "stock PyTorch": stock, "fused": fused}
     for model in models.values():
         model.load_state_dict(fused.state_dict())
-    return fused, [Contender(name, model, model, make_optimizer(model, config)) for name, model in models.items()]
+    return fused, [
+        Contender(name, model, model, make_optimizer(model, config)) for name, model in models.items()
+    ]
 
 
 def compiled_path(stock: nn.Module, config: TrainConfig) -> tuple[Contender | None, str]:
@@ -169,7 +175,7 @@ def summarize(
     held_out = {path.name: held_out_loss(path.model, windows, config) for path in paths}
     rates = {path.name: path.tokens_per_s(config) for path in (*paths, *([compiled] if compiled else []))}
     stock = rates["stock PyTorch"]["median"]
-    differences = [max(row) - min(row) for row in zip(*(path.losses for path in paths))]
+    differences = [max(row) - min(row) for row in zip(*(path.losses for path in paths), strict=True)]
     return {
         "model": model_config.to_dict(),
         "training": vars(config),
@@ -217,9 +223,18 @@ def report(results: dict[str, Any]) -> str:
 
 
 def write(
-    out: Path, fused: GPT, corpus: Corpus, paths: list[Contender], results: dict[str, Any], records: list[Record]
+    out: Path,
+    fused: GPT,
+    corpus: Corpus,
+    paths: list[Contender],
+    results: dict[str, Any],
+    records: list[Record],
 ) -> None:
-    styles = {"reference": "-", "stock PyTorch": "--", "fused": ":"}  # drawn over one another: all stay visible
+    styles = {
+        "reference": "-",
+        "stock PyTorch": "--",
+        "fused": ":",
+    }  # drawn over one another: all stay visible
     curves: list[Curve] = [
         (
             f"{path.name}: {results['tokens_per_s'][path.name]['median']:,.0f} tokens/s",

@@ -107,7 +107,11 @@ def _last_logits(model: GPT, tokens: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """One token a row from logits [B, V]: top-k first, then top-p of what is left."""
     if temperature == 0:

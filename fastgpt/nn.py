@@ -14,7 +14,7 @@ from fastgpt import ops
 
 Backend = str | Sequence[str] | None  # one backend, several to try in order, or None: chosen for each call
 
-__all__ = ["LayerNorm", "GELU", "Softmax", "MLP", "CausalSelfAttention", "Block", "PositionalEncoding"]
+__all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "LayerNorm", "PositionalEncoding", "Softmax"]
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of ops.gelu
 
@@ -68,7 +68,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if x.shape[-1:] != self.normalized_shape:
-            raise ValueError(f"x: expected a last dimension of {self.normalized_shape[0]}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected a last dimension of {self.normalized_shape[0]}, got {tuple(x.shape)}"
+            )
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
 
     def extra_repr(self) -> str:
@@ -140,9 +142,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.c_fc.weight)
-        bias = self.c_fc.bias
-        if bias is not None:
-            bias = bias.to(h.dtype)  # under autocast h is bf16 and so is the bias that nn.Linear would add
+        # Under autocast h is bf16, and so is the bias that nn.Linear would add.
+        bias = None if self.c_fc.bias is None else self.c_fc.bias.to(h.dtype)
         h = ops.gelu(h, bias, approximate=ACTIVATIONS[self.activation], backend=self.backend)
         return self.c_proj(h)
 
@@ -249,7 +250,9 @@ class PositionalEncoding(nn.Module):
             raise ValueError(f"x: expected [B, T, {self.embedding_dim}], got {tuple(x.shape)}")
         length = x.shape[1]
         if length > self.max_seq_length:
-            raise ValueError(f"x: expected at most max_seq_length={self.max_seq_length} positions, got {length}")
+            raise ValueError(
+                f"x: expected at most max_seq_length={self.max_seq_length} positions, got {length}"
+            )
         encoding = self.encoding[:length].to(x.dtype)
         if tokens is None or self.pad_idx is None:
             return x + encoding

@@ -74,9 +74,9 @@ def build_inplace(tree: Path, **environment: str) -> subprocess.CompletedProcess
 
 
 def run_python(tree: Path, code: str, **environment: str) -> str:
-    """What `code` prints, with the packages of `tree` and nothing else of the checkout."""
+    """What `code` prints. -S: no site-packages, or an editable install would lend its own compiled module."""
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-S", "-c", code],
         cwd=tree,
         env={**os.environ, "PYTHONPATH": str(tree / "kernels"), **environment},
         capture_output=True,

@@ -27,7 +27,10 @@ def make_model(seed: int = 0, **options) -> GPT:
     with torch.no_grad():
         for name, p in model.named_parameters():
             scale = 0.2 if p.dim() > 1 else 0.5
-            p.copy_(scale * torch.randn(p.shape, generator=generator) + (1.0 if ".weight" in name and p.dim() == 1 else 0))
+            p.copy_(
+                scale * torch.randn(p.shape, generator=generator)
+                + (1.0 if ".weight" in name and p.dim() == 1 else 0)
+            )
     return model
 
 
@@ -48,7 +51,9 @@ def run(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     return {"logits": model(tokens).detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
-def exact_and_bound(model: GPT, tokens: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+def exact_and_bound(
+    model: GPT, tokens: Tensor, targets: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The fp64 reference's results, and how far fp32 may be from each.
 
     A dot product of n terms rounded in fp32 is the exact one with every term moved by at most n * 2^-24
@@ -86,7 +91,9 @@ def test_the_articles_constructor() -> None:
     assert fastgpt.GPT(fastgpt.GPTConfig(50, 16, 2, 2, 10, 0)).config == model.config
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "sinusoidal", "tie_output": False}, {"pad_idx": None, "bias": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "sinusoidal", "tie_output": False}, {"pad_idx": None, "bias": False}]
+)
 @pytest.mark.parametrize("path", ["auto", "torch", "reference", "stock"])
 def test_same_weights_same_results_on_every_path(path: str, options: Options) -> None:
     model = make_model(**options)
@@ -173,18 +180,25 @@ def test_bf16_by_autocast_keeps_the_residual_stream_in_fp32() -> None:
         loss = model(tokens, targets)
     loss.backward()
     assert streams == [(torch.bfloat16, torch.float32)]
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(model(tokens, targets).item(), rel=0.05)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(model(tokens, targets).item(), rel=0.05)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_tied_head_is_the_token_embedding() -> None:
-    tied, untied = GPT(VOCAB, DIM, HEADS, LAYERS, LENGTH), GPT(VOCAB, DIM, HEADS, LAYERS, LENGTH, tie_output=False)
+    tied, untied = (
+        GPT(VOCAB, DIM, HEADS, LAYERS, LENGTH),
+        GPT(VOCAB, DIM, HEADS, LAYERS, LENGTH, tie_output=False),
+    )
     extra = set(untied.state_dict()) - set(tied.state_dict())
     assert extra == {"lm_head.weight"}
     untied.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.wte.weight.detach()})
     tokens, targets = make_tokens()
     assert torch.equal(tied(tokens), untied(tokens))
-    (a, b), c = (run(untied, tokens, targets)[n] for n in ("wte.weight", "lm_head.weight")), run(tied, tokens, targets)
+    (a, b), c = (
+        (run(untied, tokens, targets)[n] for n in ("wte.weight", "lm_head.weight")),
+        run(tied, tokens, targets),
+    )
     torch.testing.assert_close(c["wte.weight"], a + b)
 
 
@@ -193,7 +207,9 @@ def test_initialisation_is_gpt2s() -> None:
     model = GPT(512, 128, 4, 8, 128, 3)
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert torch.equal(p, torch.ones_like(p) if "ln" in name and "weight" in name else torch.zeros_like(p))
+            assert torch.equal(
+                p, torch.ones_like(p) if "ln" in name and "weight" in name else torch.zeros_like(p)
+            )
             continue
         std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
         assert abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
@@ -202,7 +218,7 @@ def test_initialisation_is_gpt2s() -> None:
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         ({"num_heads": 5}, "num_heads: expected a divisor of embedding_dim=32, got 5"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
@@ -218,13 +234,14 @@ def test_initialisation_is_gpt2s() -> None:
     ],
 )
 def test_config_errors(change: Options, message: str) -> None:
-    good = dict(vocab_size=VOCAB, embedding_dim=DIM, num_heads=HEADS, num_layers=LAYERS, max_seq_length=LENGTH)
+    sizes = ("vocab_size", "embedding_dim", "num_heads", "num_layers", "max_seq_length")
+    good = dict(zip(sizes, (VOCAB, DIM, HEADS, LAYERS, LENGTH), strict=True))
     with pytest.raises(ValueError, match=message):
         GPT(**{**good, **change})
 
 
 @pytest.mark.parametrize(
-    "tokens,targets,error,message",
+    ("tokens", "targets", "error", "message"),
     [
         ([[1, 61]], None, ValueError, r"tokens: expected ids in \[0, 61\), got 61 at \[0, 1\]"),
         ([[-1]], None, ValueError, r"tokens: expected ids in \[0, 61\), got -1 at \[0, 0\]"),
@@ -252,7 +269,9 @@ def test_save_and_load_bitwise(tmp_path: Path, options: Options, dtype: torch.dt
     tokens, _ = make_tokens()
     assert torch.equal(loaded(tokens), model(tokens))
     for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(a, b) and a.dtype == b.dtype and b.requires_grad, name
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype
+        assert b.requires_grad
 
 
 def drop(tensors: dict[str, Tensor]) -> None:
@@ -272,7 +291,7 @@ def integers(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault,message",
+    ("fault", "message"),
     [
         (drop, r"h\.1\.ln_2\.bias: expected a tensor of shape \(32,\), got none"),
         (reshape, r"wte\.weight: expected shape \(61, 32\), got \(60, 32\)"),
@@ -291,7 +310,7 @@ def test_faulty_weights_are_named(tmp_path: Path, fault: Callable, message: str)
 
 
 @pytest.mark.parametrize(
-    "name,content,error,message",
+    ("name", "content", "error", "message"),
     [
         (checkpoint.WEIGHTS, b"junk", ValueError, "expected a safetensors file"),
         (checkpoint.WEIGHTS, None, FileNotFoundError, "model.safetensors"),
@@ -299,12 +318,24 @@ def test_faulty_weights_are_named(tmp_path: Path, fault: Callable, message: str)
         (checkpoint.CONFIG, b"{", ValueError, "config.json: expected JSON"),
         (checkpoint.CONFIG, b"[]", ValueError, "config.json: expected a JSON object, got list"),
         (checkpoint.CONFIG, b"{}", ValueError, "config.json: expected the fields .*, got no vocab_size"),
-        (checkpoint.CONFIG, {"layers": 2}, ValueError, "config.json: expected the fields .*, got unexpected layers"),
+        (
+            checkpoint.CONFIG,
+            {"layers": 2},
+            ValueError,
+            "config.json: expected the fields .*, got unexpected layers",
+        ),
         (checkpoint.CONFIG, {"num_heads": 5}, ValueError, "config.json: num_heads: expected a divisor"),
-        (checkpoint.CONFIG, {"embedding_dim": "32"}, ValueError, "config.json: embedding_dim: expected an integer"),
+        (
+            checkpoint.CONFIG,
+            {"embedding_dim": "32"},
+            ValueError,
+            "config.json: embedding_dim: expected an integer",
+        ),
     ],
 )
-def test_faulty_files_are_named(tmp_path: Path, name: str, content, error: type[Exception], message: str) -> None:
+def test_faulty_files_are_named(
+    tmp_path: Path, name: str, content, error: type[Exception], message: str
+) -> None:
     make_model().save_pretrained(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
@@ -317,7 +348,9 @@ def test_faulty_files_are_named(tmp_path: Path, name: str, content, error: type[
 
 
 @pytest.mark.parametrize("broken", ["tensor_bytes", "fsync"])
-def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_failed_save_leaves_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     make_model(0).save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 

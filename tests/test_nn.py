@@ -16,7 +16,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("affine,bias", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, True)])
 def test_layer_norm_takes_torchs_state_dict(affine: bool, bias: bool) -> None:
     theirs = nn.LayerNorm(24, 1e-6, elementwise_affine=affine, bias=bias)
     for p in theirs.parameters():
@@ -48,7 +48,7 @@ def test_softmax_drops_only_while_training() -> None:
     assert torch.equal(softmax.eval()(x), fnn.Softmax()(x))
 
 
-@pytest.mark.parametrize("activation,approximate", [("gelu", "none"), ("gelu_tanh", "tanh")])
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp_is_linear_gelu_linear(activation: str, approximate: str, bias: bool) -> None:
     mlp, x = fnn.MLP(8, 32, activation=activation, bias=bias), torch.randn(2, 3, 8)
@@ -97,9 +97,12 @@ def test_positional_encoding_adds_nothing_to_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    "make,message",
+    ("make", "message"),
     [
-        (lambda: fnn.LayerNorm((2, 3)), r"normalized_shape: expected one dimension \(the last\), got \(2, 3\)"),
+        (
+            lambda: fnn.LayerNorm((2, 3)),
+            r"normalized_shape: expected one dimension \(the last\), got \(2, 3\)",
+        ),
         (lambda: fnn.LayerNorm(0), "normalized_shape: expected an integer >= 1, got 0"),
         (lambda: fnn.LayerNorm(8)(torch.zeros(2, 7)), r"x: expected a last dimension of 8, got \(2, 7\)"),
         (lambda: fnn.GELU("erf"), 'approximate: expected "none" or "tanh", got \'erf\''),
@@ -110,8 +113,14 @@ def test_positional_encoding_adds_nothing_to_padding() -> None:
         (lambda: fnn.CausalSelfAttention(10, 3), "num_heads: expected a divisor of dim=10, got 3"),
         (lambda: fnn.Block(8, 2, dropout=-0.1), "dropout: expected a probability"),
         (lambda: fnn.PositionalEncoding(8, 0), "max_seq_length: expected an integer >= 1, got 0"),
-        (lambda: fnn.PositionalEncoding(8, 4)(torch.zeros(1, 5, 8)), "at most max_seq_length=4 positions, got 5"),
-        (lambda: fnn.PositionalEncoding(8, 4)(torch.zeros(1, 4, 6)), r"x: expected \[B, T, 8\], got \(1, 4, 6\)"),
+        (
+            lambda: fnn.PositionalEncoding(8, 4)(torch.zeros(1, 5, 8)),
+            "at most max_seq_length=4 positions, got 5",
+        ),
+        (
+            lambda: fnn.PositionalEncoding(8, 4)(torch.zeros(1, 4, 6)),
+            r"x: expected \[B, T, 8\], got \(1, 4, 6\)",
+        ),
         (
             lambda: fnn.PositionalEncoding(8, 4, 0)(torch.zeros(1, 4, 8), torch.zeros(1, 3)),
             r"tokens: expected shape \(1, 4\), got \(1, 3\)",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastgpt._core import registry
 from fastgpt._core.dispatch import backends
 from fastgpt._core.memory import keeps_large_blocks
 from fastgpt._core.spec import BACKENDS
@@ -28,6 +29,15 @@ def report() -> str:
         ("ops and backends", _ops()),
     )
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections)
+
+
+def support_table() -> str:
+    """Which backend exists for which op, as Markdown: the table in the README, the same on every machine."""
+    lines = ["| op | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
+    for spec in registry.ops():
+        cells = ("yes" if registry.is_written(spec.name, name) else "–" for name in BACKENDS)
+        lines.append(f"| `{spec.name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 _SETTINGS = ("FASTGPT_BACKEND", "FASTGPT_STRICT", "FASTGPT_CPU_ISA")

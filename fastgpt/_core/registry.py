@@ -85,18 +85,21 @@ def module(op: str, backend: str) -> ModuleType | str:
     return _MODULES[op, backend]
 
 
+def is_written(op: str, backend: str) -> bool:
+    """Whether the sources have a module for `op` on `backend`, usable on this machine or not."""
+    return backend == "reference" or _exists(f"fastgpt_kernels.{backend}.{op}")
+
+
 def _load(op: str, backend: str) -> ModuleType | str:
     if backend == "reference":
         return importlib.import_module(f"fastgpt.reference.{op}")
     if backend in ("triton", "cuda") and not (torch.cuda.is_available() or _interpreting()):
         return "no GPU here"
     name = f"fastgpt_kernels.{backend}.{op}"
+    if not _exists(name):
+        return f"no {backend} kernel for {op} yet"
     try:
-        if importlib.util.find_spec(name) is None:
-            return f"no {backend} kernel for {op} yet"
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        return f"no {backend} kernel for {op} yet" if name.startswith(error.name or "?") else str(error)
     except ImportError as error:  # a compiled module that is missing or stale says so
         _note_unavailable(backend, str(error))
         return str(error)
@@ -109,6 +112,11 @@ def _note_unavailable(backend: str, reason: str) -> None:
         warnings.warn(
             f"fastgpt: the {backend} kernels cannot be used: {reason}", RuntimeWarning, stacklevel=2
         )
+
+
+def _exists(name: str) -> bool:
+    package = name.rpartition(".")[0]
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(name) is not None
 
 
 def _interpreting() -> bool:

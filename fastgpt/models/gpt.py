@@ -43,7 +43,14 @@ class GPTConfig:
     backend: Backend = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_heads", "num_layers", "max_seq_length", "hidden_dim"):
+        for name in (
+            "vocab_size",
+            "embedding_dim",
+            "num_heads",
+            "num_layers",
+            "max_seq_length",
+            "hidden_dim",
+        ):
             value = getattr(self, name)
             if name == "hidden_dim" and value is None:
                 object.__setattr__(self, name, 4 * self.embedding_dim)
@@ -109,13 +116,14 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(vocab_size, GPTConfig):
-            if options or any(a is not None for a in (embedding_dim, num_heads, num_layers, max_seq_length, pad_idx)):
+            if options or any(
+                a is not None for a in (embedding_dim, num_heads, num_layers, max_seq_length, pad_idx)
+            ):
                 raise TypeError("GPT(config): expected nothing beside the GPTConfig")
             config = vocab_size
         else:
-            config = GPTConfig(
-                vocab_size, embedding_dim, num_heads, num_layers, max_seq_length, pad_idx, **options  # type: ignore[arg-type]
-            )
+            sizes: Any = (embedding_dim, num_heads, num_layers, max_seq_length)  # checked by GPTConfig
+            config = GPTConfig(vocab_size, *sizes, pad_idx, **options)
         self.config = config
         dim = config.embedding_dim
         self.wte = nn.Embedding(config.vocab_size, dim, padding_idx=config.pad_idx)
@@ -159,9 +167,12 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         config = self.config
         check_tokens(tokens, targets, config)
-        mask = None if config.pad_idx is None else (tokens != config.pad_idx)[:, None, None, :]  # [B, 1, 1, T]
+        mask = (
+            None if config.pad_idx is None else (tokens != config.pad_idx)[:, None, None, :]
+        )  # [B, 1, 1, T]
         stream = self.embed(tokens)
         delta: Tensor | None = None
+        block: Any  # a Block, or what wraps one
         for block in self.h:
             delta, stream = block.advance(delta, stream, mask)
         x, _ = self.ln_f(delta, stream)
@@ -190,7 +201,9 @@ class GPT(nn.Module):
         """The model saved in a directory, in the dtype it was saved in, on the CPU, in evaluation mode."""
         config_file = os.path.join(path, checkpoint.CONFIG)
         config = GPTConfig.from_dict(checkpoint.read_json(config_file), config_file)
-        with torch.random.fork_rng(devices=[]):  # the initialisation is thrown away: draw nothing from the caller
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the initialisation is thrown away: draw nothing from the caller
             model = cls(GPTConfig(**{**config.to_dict(), "backend": backend}))
         weights = checkpoint.read_tensors(os.path.join(path, checkpoint.WEIGHTS), model.state_dict())
         model.load_state_dict(weights, assign=True)
@@ -225,7 +238,9 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, ignore: int | None) -> N
         wrong &= ids != ignore
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
-        raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got {ids[tuple(where)].item()} at {where}")
+        raise ValueError(
+            f"{name}: expected ids in [0, {vocab_size}), got {ids[tuple(where)].item()} at {where}"
+        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, pad_idx: int | None) -> Tensor:

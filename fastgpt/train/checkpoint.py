@@ -16,7 +16,12 @@ TOKENIZER, TRAINING, LOSSES, PLOT = "tokenizer.json", "training.json", "losses.j
 
 
 def save(
-    path: str, model: GPT, tokenizer: Tokenizer, training: dict[str, Any], records: list[Record], plot: bytes = b""
+    path: str,
+    model: GPT,
+    tokenizer: Tokenizer,
+    training: dict[str, Any],
+    records: list[Record],
+    plot: bytes = b"",
 ) -> None:
     """Everything at once: an interrupted save leaves the previous checkpoint whole."""
     with atomic_files(path) as write:

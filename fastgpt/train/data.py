@@ -87,9 +87,11 @@ def batches(tokens: Tensor, batch_size: int, seq_length: int, seed: int) -> Iter
         yield window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
-def held_out_batches(tokens: Tensor, batch_size: int, seq_length: int, limit: int | None = None) -> list[Batch]:
+def held_out_batches(
+    tokens: Tensor, batch_size: int, seq_length: int, limit: int | None = None
+) -> list[Batch]:
     """The text once, in adjoining windows (at most `limit` batches; what fills no window is left out)."""
     windows = (len(tokens) - 1) // seq_length
     x = tokens[: windows * seq_length].view(windows, seq_length)
     y = tokens[1 : windows * seq_length + 1].view(windows, seq_length)
-    return list(zip(x.split(batch_size), y.split(batch_size)))[:limit]
+    return list(zip(x.split(batch_size), y.split(batch_size), strict=True))[:limit]

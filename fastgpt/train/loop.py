@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fastgpt.train.data import Batch, Corpus, batches, held_out_batches
 
-Record = dict[str, float]  # one logged step: step, loss, lr, grad_norm, tokens_per_s, and held_out where measured
+Record = dict[
+    str, float
+]  # one logged step: step, loss, lr, grad_norm, tokens_per_s, and held_out where measured
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def train_step(
-    model: Callable[..., Any], optimizer: torch.optim.Optimizer, work: Iterable[Batch], step: int, config: TrainConfig
+    model: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    work: Iterable[Batch],
+    step: int,
+    config: TrainConfig,
 ) -> tuple[float, float]:
     """One update from the batches of `work`, which count alike; returns the loss and the gradient's norm."""
     work = list(work)
@@ -83,7 +89,9 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: training diverged; try a lower lr")
+        raise FloatingPointError(
+            f"step {step}: loss {loss}, gradient norm {norm}: training diverged; try a lower lr"
+        )
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     optimizer.step()
@@ -168,4 +176,6 @@ def _on(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
 def _progress_bar(steps: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)  # None: off in a file
+    return tqdm(
+        total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
+    )  # None: off in a file

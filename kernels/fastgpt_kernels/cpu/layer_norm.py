@@ -62,7 +62,7 @@ def layer_norm_bwd(
     n = x.shape[-1]
     rows = mean.numel()
     dtype, device = dy.dtype, x.device
-    absent = dx = dresidual = dw = db = x.new_empty(0)
+    dx = dresidual = dw = db = None
     dx_at = dresidual_at = dstream_at = dw_at = db_at = 0
     dy, dy_stride = rows_of(dy, n)
     x, x_stride = rows_of(x, n)
@@ -88,12 +88,12 @@ def layer_norm_bwd(
         dw_at, db_at, rows, n, dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
         0 if parameter is None else DTYPE_CODES[parameter.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    # Results must not alias one another: each absent one is its own tensor.
+    # A tensor of its own for each absent result: none may alias another.
     return (
-        dx if need_dx else absent,
-        dresidual if dresidual_at else x.new_empty(0),
-        dw if need_dw and weight is not None else x.new_empty(0),
-        db if need_db and bias is not None else x.new_empty(0),
+        x.new_empty(0) if dx is None else dx,
+        x.new_empty(0) if dresidual is None else dresidual,
+        x.new_empty(0) if dw is None else dw,
+        x.new_empty(0) if db is None else db,
     )
 
 

@@ -1,0 +1,240 @@
+"""The benchmarks are themselves tested: their statistics, their fairness, and that a wrong kernel gets no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import buffers, compare, gpt_step, report, suites
+from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
+from benchmarks.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
+from fastgpt._core import registry
+from fastgpt._core.spec import Case
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Calls nothing; takes the time that each step is said to take, and remembers who was asked when."""
+
+    def __init__(self, costs: dict[Step, float]) -> None:
+        self.costs, self.log = costs, list[tuple[Step, int, int]]()
+
+    def sample(self, step: Step, first: int, calls: int, sets: int) -> Sample:
+        self.log.append((step, first, calls))
+        return Sample(self.costs[step], None, 3.0)
+
+
+def test_quantiles_of_known_samples() -> None:
+    values = [float(v) for v in range(1, 12)]
+    random.Random(0).shuffle(values)
+    assert quantiles(values) == Quantiles(6.0, 3.0, 9.0)
+    assert quantiles([2.0, 1.0]) == pytest.approx((1.5, 1.2, 1.8))
+    assert quantiles([7.0]) == Quantiles(7.0, 7.0, 7.0)
+
+
+def test_backward_is_the_difference_round_by_round() -> None:
+    forward = Timing(tuple(Sample(s) for s in (1.0, 5.0, 2.0)), 1)
+    both = Timing(tuple(Sample(s) for s in (3.0, 8.0, 6.0)), 1)
+    assert both.minus(forward) == pytest.approx((3.0, 2.4, 3.6))
+
+
+def test_rounds_are_interleaved_and_shuffled() -> None:
+    steps: dict[str, Step] = {name: _nothing() for name in "abc"}
+    clock = FakeClock({steps["a"]: 1e-3, steps["b"]: 1e-4, steps["c"]: 5e-3})
+    timings = measure(steps, CPU, sets=4, seconds=1.0, clock=clock)
+    assert {name: timing.calls for name, timing in timings.items()} == {"a": 2, "b": 20, "c": 1}
+    rounds = len(timings["a"].samples)
+    assert rounds == 60  # capped
+    timed = clock.log[-3 * rounds :]
+    orders = [tuple(step for step, _, _ in timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert all(set(order) == set(steps.values()) for order in orders)
+    assert len(set(orders)) == 6  # every order occurs
+    positions = [first for _, first, _ in timed]
+    assert all(b - a == calls for a, b, (_, _, calls) in zip(positions, positions[1:], timed, strict=False))
+    assert timings["b"].seconds.median == 1e-4
+    assert timings["b"].minor_faults == 3.0
+
+
+def test_time_limit_governs_the_number_of_rounds() -> None:
+    steps: dict[str, Step] = {name: _nothing() for name in "ab"}
+    clock = FakeClock(dict.fromkeys(steps.values(), 0.02))
+    assert len(measure(steps, CPU, seconds=0.8, clock=clock)["a"].samples) == 20
+    assert len(measure(steps, CPU, seconds=0.0, clock=clock)["a"].samples) == 5
+
+
+def test_cpu_clock_counts_page_faults_and_visits_every_set() -> None:
+    visited: list[int] = []
+    CpuClock().sample(visited.append, 2, 5, 3)
+    assert visited == [2, 0, 1, 2, 0]
+    taken = CpuClock().sample(lambda _: bytearray(8 << 20), 0, 1, 1)
+    assert taken.seconds > 0
+    assert taken.minor_faults is None or taken.minor_faults >= 0
+
+
+def test_rotation_until_cold_or_large_enough() -> None:
+    small, huge = buffers.Caches(1 << 20, 8 << 20), buffers.Caches(2 << 20, 1 << 30)
+    assert buffers.rotation(1 << 20, small) == (16, "cold")
+    assert buffers.rotation(64 << 20, small) == (1, "cold")
+    assert buffers.rotation(1 << 20, huge) == (256, "beyond L2")
+    assert buffers.rotation(3 << 20, buffers.Caches(2 << 20, 1 << 30)._replace(inner=1 << 30)) == (85, "warm")
+
+
+def test_rotated_inputs_are_separate_memory_and_not_zero() -> None:
+    case = suites.op_cases(("layer_norm",), ("bf16",))[0]
+    inputs = case.spec.make_inputs(Case((4, 8)), case.dtype, suites.Draw(0, CPU))
+    sets = buffers.copies(inputs, 3, ("x", "weight"))
+    assert len({one["x"].data_ptr() for one in sets}) == 3
+    assert all(one["x"].requires_grad and one["x"].ne(0).any() for one in sets)
+    assert not sets[0]["bias"].requires_grad
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    x = torch.ones(1 << 18)
+    assert (1 << 20) <= buffers.peak_bytes(lambda: x + 1, CPU) < (1 << 20) + 4096
+    assert (2 << 20) <= buffers.peak_bytes(lambda: (x + 1) * 2, CPU) < (2 << 20) + 4096
+
+
+def test_every_bench_case_appears_largest_of_each_form_first() -> None:
+    cases = suites.op_cases((), ("fp32", "bf16"))
+    expected = sum(2 - case.mixed for spec in registry.ops() for case in spec.bench_cases)
+    assert len({case.name for case in cases}) == len(cases) == expected
+    sizes = [torch.Size(c.case.shape).numel() for c in cases if c.name.endswith("-bias fp32")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def _rows(**changes: Any) -> dict[tuple[str, str], Row]:
+    spec = dataclasses.replace(registry.get("gelu"), **changes)
+    options = suites.Options(CPU, compiled=False)
+    case = suites.OpCase(spec, Case((32, 48), {"bias": True}), "bf16")
+    rows = suites.op_rows(case, options, suites.Budget(60.0), 0.01)
+    return {(row.contender, row.pass_): row for row in rows}
+
+
+def test_a_case_has_forward_backward_and_both_for_every_contender() -> None:
+    rows = _rows()
+    assert {pass_ for _, pass_ in rows} == {"fwd", "bwd", "fwd+bwd"}
+    for contender in (FASTGPT, EAGER):
+        row = rows[contender, "fwd+bwd"]
+        assert row.seconds is not None
+        assert row.error is not None
+        assert row.rounds >= 5
+        assert row.peak_bytes is not None
+        assert row.peak_bytes >= 2 * 32 * 48 * 2  # y and dx
+    assert rows[FASTGPT, "fwd"].backend in ("cpu", "torch")
+    assert rows[COMPILED, "fwd"].seconds is None
+    assert rows[COMPILED, "fwd"].note == "not asked for"
+
+
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_a_wrong_implementation_gets_no_time(factor: float) -> None:
+    right = registry.get("gelu").function
+    rows = _rows(function=_scaled_gradient(right, factor))
+    for pass_ in ("fwd", "fwd+bwd", "bwd"):
+        row = rows[FASTGPT, pass_]
+        assert row.seconds is None
+        assert row.error is not None
+        assert row.error > 1
+        assert "outside bound" in row.note
+        assert rows[EAGER, pass_].seconds or "noise" in rows[EAGER, pass_].note
+
+
+def test_a_baseline_outside_its_bound_is_timed_and_says_so() -> None:
+    row = _rows(baseline=_scaled_gradient(registry.get("gelu").baseline, 1.05))[EAGER, "fwd+bwd"]
+    assert row.seconds is not None
+    assert "outside bound" in row.note
+
+
+def test_the_training_step_is_checked_too() -> None:
+    truth = (2.0, {"w": torch.randn(4, 4, dtype=torch.float64)})
+    assert gpt_step.error(truth, truth, "fp32") == 0.0
+    assert gpt_step.error((2.0, {"w": truth[1]["w"] * 1.001}), truth, "fp32") > 1
+    assert gpt_step.error((2.001, truth[1]), truth, "fp32") > 1
+    assert gpt_step.error((2.0, {}), truth, "fp32") == float("inf")
+    assert gpt_step.error((2.0, {"w": truth[1]["w"] * float("nan")}), truth, "fp32") == float("inf")
+
+
+def test_compare_calls_only_separate_ranges_a_difference() -> None:
+    before, after = _run((1.0, 0.9, 1.1)), _run((1.15, 1.05, 1.3))
+    assert "2 rows in both; 0 differ" in compare.compare(before, after)
+    after = _run((2.0, 1.9, 2.1))
+    text = compare.compare(before, after)
+    assert "2 rows in both; 1 differ" in text
+    assert "1 s -> 2 s, 2.00 times as slow" in text
+    assert "0.50" not in text
+    assert "2.00 times as fast" in compare.compare(after, before)
+
+
+def test_stored_run_gives_report_plot_and_readme(tmp_path: Path) -> None:
+    path = _run((2.0, 1.9, 2.1)).save(tmp_path)
+    stored = load(path)
+    assert [row.key for row, _ in slower_than_eager(stored.rows)] == [
+        ("gelu", "4x8-bias", "fp32", "fwd", FASTGPT)
+    ]
+    text = report.markdown(stored)
+    assert "2 s (1.9 s–2.1 s)" in text
+    assert "| 0.25 of copy | 0.50 |" in text
+    assert "2.00 times as long" in text
+    assert "gelu 64x3072 bf16: the budget is spent" in text
+    assert "| gelu | 4x8-bias | fp32 | cpu | fwd | 2 s | 0.50 | – | 0.25 of copy |" in report.readme(stored)
+    pytest.importorskip("matplotlib")
+    report.plot(stored, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("content", [None, "not json", "{}", '{"format": 999}'])
+def test_a_file_that_is_no_result_is_one_line(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    assert command.main(["readme", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def _nothing() -> Step:
+    return lambda _: None
+
+
+def _scaled_gradient(function: Callable[..., torch.Tensor], factor: float) -> Callable[..., torch.Tensor]:
+    """Right forward, gradients scaled."""
+
+    def wrong(**inputs: Any) -> torch.Tensor:
+        y = function(**inputs)
+        y.register_hook(lambda dy: dy * factor)
+        return y
+
+    return wrong
+
+
+def _run(ours: tuple[float, float, float]) -> Run:
+    """One case, ours against an eager PyTorch that takes a second; the copy limit is 1 GB/s."""
+    names = {"copy": 1e9, "read": 1e9, "float32": 1e9, "bfloat16": 1e9}
+    measured: list[dict[str, Any]] = [
+        {"when": "start", **{n: {"rate": r, "way": "w"} for n, r in names.items()}}
+    ]
+    environment = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "allocator": "default",
+        "device": "cpu",
+        "cpu": "a cpu",
+    }
+    environment |= {"threads": "2", "torch": "2.13.0"}
+    rows = [
+        Row(
+            "gelu", "4x8-bias", "fp32", "fwd", FASTGPT, Quantiles(*ours), backend="cpu", moved=5e8, error=0.5
+        ),
+        Row("gelu", "4x8-bias", "fp32", "fwd", EAGER, Quantiles(1.0, 0.95, 1.05), moved=5e8),
+        Row("gelu", "4x8-bias", "fp32", "fwd", COMPILED, note="no C++ compiler for torch.compile"),
+    ]
+    return Run(
+        environment, {"suite": "quick"}, measured, rows, ["gelu 64x3072 bf16: the budget is spent"], 1.0
+    )

@@ -1,0 +1,227 @@
+"""The command line: every mistake is one line and exit code 2; train and generate end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import cli
+from fastgpt.models import checkpoint
+
+SIZES = {"embedding-dim": 16, "num-heads": 2, "num-layers": 1, "seq-length": 16, "steps": 4, "batch-size": 2}
+TINY = [f"--{name}={n}" for name, n in {**SIZES, "eval-every": 2, "log-every": 1}.items()]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; é\n" * 40, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model") / "out"
+    assert cli.main(["train", "--text", str(text), "--out", str(out), "--vocab-size", "300", *TINY]) == 0
+    return out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line on stderr of a command that must end in exit code 2."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in args]) == 2
+    captured = capsys.readouterr()
+    line = captured.err.strip("\n")
+    assert line.startswith("fastgpt: error: "), captured.err
+    assert "\n" not in line, captured.err
+    return line
+
+
+def test_train_leaves_a_whole_checkpoint(model: Path) -> None:
+    names = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "training.json",
+        "losses.jsonl",
+        "loss.png",
+    }
+    assert {file.name for file in model.iterdir()} == names
+    records = [json.loads(line) for line in (model / "losses.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert "held_out" in records[-1]
+    assert json.loads((model / "training.json").read_text())["steps"] == 4
+
+
+def test_generate_streams_the_prompt_and_the_same_text_for_a_seed(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for seed in (1, 1, 2):
+        args = [
+            "generate",
+            "--model",
+            str(model),
+            "--prompt",
+            "thé ",
+            "--max-new-tokens",
+            "30",
+            "--seed",
+            str(seed),
+        ]
+        assert cli.main([*args, "--temperature", "1.5", "--top-k", "200", "--top-p", "0.99"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0].startswith("thé ")
+    assert len(outputs[0]) > 20
+
+
+def test_bytes_bf16_and_the_sinusoidal_positions(text: Path, tmp_path: Path) -> None:
+    options = ["--tokenizer", "bytes", "--bf16", "--positions", "sinusoidal", "--accumulate", "2", *TINY]
+    assert cli.main(["train", "--text", str(text), "--out", str(tmp_path / "m"), *options]) == 0
+    assert (
+        cli.main(["generate", "--model", str(tmp_path / "m"), "--prompt", "a", "--max-new-tokens", "5"]) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num-heads 3", "num_heads: expected a divisor of embedding_dim=16, got 3"),
+        ("--seq-length 100000", "corpus: expected at least 100001 tokens"),
+        ("--steps 0", "steps: expected at least 1, got 0"),
+        ("--vocab-size 10", "vocab_size: expected at least 256 (one token a byte), got 10"),
+        ("--dropout 1.5", "dropout: expected a probability in [0, 1), got 1.5"),
+        ("--device tpu", "device: expected cpu, cuda or auto, got 'tpu'"),
+        ("--backend nonsense", "backend: expected one of"),
+    ],
+)
+def test_bad_training_options(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    assert message in fails(capsys, "train", "--text", text, "--out", out, *TINY, *options.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        (b"", "expected text, got an empty file"),
+        (b"caf\xe9", "expected UTF-8 text, got byte 0xe9 at offset 3"),
+        (b"short", "corpus: expected at least 17 tokens (one sequence of 16 and its targets)"),
+    ],
+)
+def test_bad_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    """And the model that the run would have replaced is untouched."""
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    assert message in fails(capsys, "train", "--text", tmp_path / "text", "--out", model, *TINY)
+    assert message in fails(
+        capsys, "train", "--text", tmp_path / "text", "--out", model, *TINY, "--tokenizer", "bytes"
+    )
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_text_is_a_directory_or_out_a_file(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Is a directory" in fails(capsys, "train", "--text", tmp_path, *TINY)
+    assert "expected a directory or nothing, got a file" in fails(
+        capsys, "train", "--text", text, "--out", text, *TINY
+    )
+    assert "expected a directory or nothing, got a file" in fails(capsys, "demo", "--out", text)
+
+
+def test_bad_generation(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(*options: object) -> str:
+        return fails(capsys, "generate", "--model", model, *options)
+
+    assert "prompt: expected some text, got an empty prompt" in wrong("--prompt", "")
+    assert "top_p: expected a number in (0, 1], got 2.0" in wrong("--prompt", "a", "--top-p", 2)
+    assert "temperature: expected at least 0, got -1.0" in wrong("--prompt", "a", "--temperature", -1)
+    missing = fails(capsys, "generate", "--model", tmp_path / "none", "--prompt", "a")
+    assert "none: expected a directory with a saved model, got none" in missing
+    assert "config.json: No such file" in fails(capsys, "generate", "--model", tmp_path, "--prompt", "a")
+
+
+@pytest.mark.parametrize(("fault", "message"), [("missing", "got none"), ("misshapen", "got (7, 16)")])
+def test_bad_checkpoint(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, message: str
+) -> None:
+    from safetensors.torch import load_file
+
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / checkpoint.WEIGHTS)
+    shape = tuple(tensors["wte.weight"].shape)
+    if fault == "missing":
+        del tensors["wte.weight"]
+    else:
+        tensors["wte.weight"] = torch.zeros(7, 16)
+    (tmp_path / checkpoint.WEIGHTS).write_bytes(checkpoint.tensor_bytes(tensors))
+    line = fails(capsys, "generate", "--model", tmp_path, "--prompt", "a")
+    assert "wte.weight: expected " in line
+    assert str(shape) in line
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("no such op"), OSError("disk\nfull"), NotImplementedError("a"), TypeError("b")]
+)
+def test_user_errors_are_one_line(error: Exception) -> None:
+    message = cli.user_error(error)
+    assert message is not None
+    assert "\n" not in message
+    assert "'" not in message
+
+
+def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise RuntimeError("ours")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["doctor"])
+
+
+def test_a_missing_extra_says_what_to_install(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    line = fails(capsys, "train", "--text", text, *TINY)
+    assert line.endswith("tokenizers is not installed; it comes with: pip install fastgpt[all]")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert "layer_norm" in capsys.readouterr().out
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """`python -m fastgpt`: the exit code and nothing but the one line; a usage mistake is 2 as well."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(p for p in sys.path if p)
+        return subprocess.run(
+            [sys.executable, "-m", "fastgpt", *args],
+            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+
+    wrong = run("generate", "--model", "nowhere", "--prompt", "a")
+    line = "fastgpt: error: nowhere: expected a directory with a saved model, got none\n"
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", line)
+    usage = run("train", "--steps", "many")
+    assert usage.returncode == 2
+    assert "--steps" in usage.stderr
+    assert "Traceback" not in usage.stderr
