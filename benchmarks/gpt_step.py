@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 OP = "gpt_step"
 MODEL = GPTConfig(vocab_size=4096, embedding_dim=256, num_heads=4, num_layers=4, max_seq_length=128)
 BATCH, LENGTH, BATCHES = 8, 128, 4
+COMPILE_SECONDS = 30.0  # about, with a cold cache
 
 # A step has no bound per element, so this is what it must keep to: the loss, and every parameter's gradient by
 # its relative L2 error, against the stock model in fp64. A wrong kernel misses these by orders of magnitude.
@@ -30,6 +31,7 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 Model = Callable[[Tensor, Tensor], Tensor]
+LossAndGradients = tuple[float, dict[str, Tensor]]
 
 
 def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[Row]:
@@ -41,13 +43,13 @@ def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[R
     batches = random_batches(device)
     notes, steps, errors, peaks = {}, {}, {}, {}
     for name in (FASTGPT, EAGER, COMPILED):
-        if name == COMPILED and (refusal := compile_refusal(options, budget)):
+        if name == COMPILED and (refusal := compile_refusal(options, budget, COMPILE_SECONDS)):
             notes[name] = refusal
             continue
         module, call = contender(name, device)
         started = time.perf_counter()
         try:
-            errors[name] = checked(module, call, batches[0], dtype)
+            errors[name] = checked(module, call, dtype, device)
         except Exception as failure:  # torch.compile fails in many ways; the others go on
             if name != COMPILED:
                 raise
@@ -62,8 +64,7 @@ def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[R
         steps[name] = training_step(module, call, batches, dtype)
         steps[name](0)
         peaks[name] = buffers.peak_bytes(partial(steps[name], 0), device)
-    # A step is the sum of hundreds of kernels: a few more rounds than an op needs, at the price of a few seconds.
-    timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds, min_rounds=9)
+    timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds)
 
     tokens = BATCH * LENGTH
     flops = 6 * parameter_count(StockGPT(MODEL)) * tokens
@@ -99,11 +100,16 @@ def random_batches(device: torch.device) -> list[Tensor]:
     return [draw.integers(0, MODEL.vocab_size, (2, BATCH, LENGTH)) for _ in range(BATCHES)]
 
 
-def checked(module: nn.Module, call: Model, batch: Tensor, dtype: str) -> float:
+def checked(module: nn.Module, call: Model, dtype: str, device: torch.device) -> float:
     """The error of one step's loss and gradients as a fraction of the tolerance, against the stock model in fp64."""
-    exact, _ = contender(EAGER, batch.device)
-    truth = loss_and_gradients(exact.double(), exact, batch, "fp64")
-    return error(loss_and_gradients(module, call, batch, dtype), truth, dtype)
+    return error(loss_and_gradients(module, call, random_batches(device)[0], dtype), exact(device), dtype)
+
+
+@cache
+def exact(device: torch.device) -> LossAndGradients:
+    """Loss and gradients of the first batch."""
+    module, _ = contender(EAGER, device)
+    return loss_and_gradients(module.double(), module, random_batches(device)[0], "fp64")
 
 
 def training_step(module: nn.Module, call: Model, batches: list[Tensor], dtype: str) -> Step:
@@ -121,9 +127,7 @@ def training_step(module: nn.Module, call: Model, batches: list[Tensor], dtype: 
     return step
 
 
-def loss_and_gradients(
-    module: nn.Module, call: Model, batch: Tensor, dtype: str
-) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(module: nn.Module, call: Model, batch: Tensor, dtype: str) -> LossAndGradients:
     tokens, targets = batch
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         loss = call(tokens, targets)
@@ -133,13 +137,13 @@ def loss_and_gradients(
     return loss.item(), gradients
 
 
-def error(got: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[str, Tensor]], dtype: str) -> float:
+def error(got: LossAndGradients, truth: LossAndGradients, dtype: str) -> float:
     """The largest error as a fraction of its tolerance."""
-    worst = abs(got[0] - exact[0]) / LOSS_TOLERANCE[dtype]
-    for name, truth in exact[1].items():
+    worst = abs(got[0] - truth[0]) / LOSS_TOLERANCE[dtype]
+    for name, gradient in truth[1].items():
         if name not in got[1]:
             return float("inf")
-        relative = ((got[1][name] - truth).norm() / truth.norm()).item()
+        relative = ((got[1][name] - gradient).norm() / gradient.norm()).item()
         worst = max(worst, relative / GRADIENT_TOLERANCE[dtype]) if relative == relative else float("inf")
     return worst
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import buffers, environment, limits
-from benchmarks.proof import Truth
+from benchmarks import buffers, environment, limits, proof
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run
 from benchmarks.timing import Step, Timing, measure
 from fastgpt._core import dispatch, registry
-from fastgpt._core.spec import Case, Draw, OpSpec
+from fastgpt._core.spec import Case, OpSpec
+from fastgpt.testing.inputs import DTYPES, as_tuple
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
 
@@ -49,9 +49,8 @@ class Budget:
     def left(self) -> float:
         return self.total - (time.perf_counter() - self.start)
 
-    @property
-    def may_compile(self) -> bool:
-        return self.compiling < COMPILE_SHARE * self.total and self.left > 15.0
+    def allows_compiling(self, expected: float) -> bool:
+        return self.compiling < COMPILE_SHARE * self.total and self.left > 2 * expected
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class OpCase:
     spec: OpSpec
     case: Case
     dtype_name: str
+    rank: int = 0  # 0: first of its op
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,18 +70,20 @@ class OpCase:
 
 
 def op_cases(ops: Sequence[str], dtypes: Sequence[str]) -> list[OpCase]:
-    """All cases, those first that tell most: of every op the largest of every form, then the next size."""
-    ranked: list[tuple[int, OpCase]] = []
+    """All cases, the ops in turn, so that a run cut short has something of each; large shapes before small ones."""
+    found: list[OpCase] = []
     for spec in [registry.get(name) for name in ops] if ops else registry.ops():
         forms: dict[str, list[Case]] = {}
         for case in spec.bench_cases:
             forms.setdefault(repr(sorted(case.options.items())), []).append(case)
         for cases in forms.values():
             cases.sort(key=lambda case: torch.Size(case.shape).numel(), reverse=True)
-            for rank, case in enumerate(cases):
-                ranked += [(rank, OpCase(spec, case, dtype)) for dtype in dtypes if allowed(case, dtype)]
-    ranked.sort(key=lambda pair: pair[0])
-    return [case for _, case in ranked]
+        by_size = [
+            case for layer in itertools.zip_longest(*forms.values()) for case in layer if case is not None
+        ]
+        for rank, case in enumerate(by_size):
+            found += [OpCase(spec, case, dtype, rank) for dtype in dtypes if allowed(case, dtype)]
+    return sorted(found, key=lambda case: case.rank)
 
 
 def allowed(case: Case, dtype: str) -> bool:
@@ -103,24 +105,25 @@ def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Ru
     run, budget = Run(environment_stamp, settings), Budget(options.budget)
     meter = limits.LimitMeter(options.device)
     run.limits.append(limits.to_json(meter.measure(), "start"))
-    jobs: list[tuple[str, Callable[[float], list[Row]]]] = []
-    if not options.ops or gpt_step.OP in options.ops:
-        jobs += [
-            (f"{gpt_step.OP} {dtype}", partial(gpt_step.rows, dtype, options, budget))
-            for dtype in options.dtypes
-        ]
-    ops = [name for name in options.ops if name != gpt_step.OP]
-    if ops or not options.ops:
-        jobs += [(c.name, partial(op_rows, c, options, budget)) for c in op_cases(ops, options.dtypes)]
+    limits_took = options.budget - budget.left  # the same again is kept for the end
+    ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
+    cases = op_cases(ops, dtypes) if ops or not options.ops else []
+    with_step = not options.ops or gpt_step.OP in options.ops
+    # After the first case of each op comes the GPT, then the rest.
+    jobs: list[tuple[str, Callable[[float], list[Row]]]] = [
+        *((case.name, partial(op_rows, case, options, budget)) for case in cases if case.rank == 0),
+        *((f"{gpt_step.OP} {d}", partial(gpt_step.rows, d, options, budget)) for d in dtypes if with_step),
+        *((case.name, partial(op_rows, case, options, budget)) for case in cases if case.rank > 0),
+    ]
     for done, (name, job) in enumerate(jobs):
-        if budget.left < 5.0:
+        if budget.left < limits_took + 3.0:
             run.not_run.append(f"{name}: the budget of {options.budget:.0f} s is spent")
             continue
-        if done == len(jobs) // 2 > 0:
+        if len(run.limits) == 1 and 4 * limits_took < budget.left < budget.total / 2:
             run.limits.append(limits.to_json(meter.measure(), "middle"))
         # Half of what is left goes into timing; checks and compilation take the rest.
         least, most = CASE_SECONDS
-        rows = job(min(max(0.5 * budget.left / (len(jobs) - done), least), most))
+        rows = job(min(max(0.5 * (budget.left - limits_took) / (len(jobs) - done), least), most))
         run.rows += rows
         emit(rows, run.limits)
     run.limits.append(limits.to_json(meter.measure(), "end"))
@@ -131,8 +134,8 @@ def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Ru
 def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -> list[Row]:
     """Check, then time, every contender on one case; forward and forward+backward share the rounds."""
     spec, case, dtype, device = op_case.spec, op_case.case, op_case.dtype, options.device
-    inputs = spec.make_inputs(case, dtype, Draw(0, device))
-    truth = Truth(spec, inputs, dtype)
+    problem = proof.pose(spec, case, dtype, device)
+    inputs = problem.inputs
     functions: dict[str, Function] = {FASTGPT: spec.function, EAGER: spec.baseline}
     for backend in options.backends:
         functions[f"{FASTGPT} {backend}"] = partial(spec.function, backend=backend)
@@ -147,7 +150,7 @@ def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -
     for name, function in list(functions.items()):
         started = time.perf_counter()
         try:
-            errors[name] = truth.error(function)
+            errors[name] = proof.error(problem, function)
         except Exception as error:  # a backend that refuses, or one of torch.compile's many ways to fail
             if name in (FASTGPT, EAGER):
                 raise
@@ -161,12 +164,13 @@ def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -
             if name.startswith(FASTGPT):  # ours outside its bound is not timed; PyTorch is, and it shows
                 del functions[name]
 
-    gradients = truth.gradients
+    leaves, output_grads = problem.leaves, list(problem.output_grads.values())
+    del problem  # the exact results are large
     sets, temperature = buffers.rotation(buffers.tensor_bytes(inputs.values()), buffers.caches(device))
-    rotated = buffers.copies(inputs, sets, gradients)
+    rotated = buffers.copies(inputs, sets, leaves)
     steps, peaks = {}, {}
     for name, function in functions.items():
-        passes = passes_of(function, rotated, gradients, truth.output_gradients)
+        passes = passes_of(function, rotated, leaves, output_grads)
         for pass_, step in passes.items():
             steps[name, pass_] = step
             step(0)
@@ -185,7 +189,7 @@ def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -
         "bwd": (cost.bwd_bytes, cost.bwd_flops),
     }
     rows = []
-    for pass_ in ("fwd", "fwd+bwd", "bwd") if gradients else ("fwd",):
+    for pass_ in ("fwd", "fwd+bwd", "bwd") if leaves else ("fwd",):
         for name in [*functions, *(name for name in notes if name not in functions)]:
             row = Row(spec.name, case.name, op_case.dtype_name, pass_, name, note=notes.get(name, ""))
             row.error, (row.moved, row.flops) = errors.get(name), work[pass_]
@@ -220,8 +224,8 @@ def fill(
 def passes_of(
     function: Function,
     inputs: Sequence[Mapping[str, Any]],
-    gradients: Sequence[str],
-    output_gradients: Sequence[Tensor],
+    leaves: Sequence[str],
+    output_grads: Sequence[Tensor],
 ) -> dict[str, Step]:
     """Forward, and forward with backward, as steps over the sets of `inputs`."""
 
@@ -230,11 +234,11 @@ def passes_of(
 
     def both(i: int) -> object:
         outputs = as_tuple(function(**inputs[i]))
-        return torch.autograd.grad(outputs, leaves[i], dys[i])
+        return torch.autograd.grad(outputs, wanted[i], dys[i])
 
-    leaves = [[one[name] for name in gradients] for one in inputs]
-    dys = [[dy.clone() for dy in output_gradients] for _ in inputs]
-    return {"fwd": forward, "fwd+bwd": both} if gradients else {"fwd": forward}
+    wanted = [[one[name] for name in leaves] for one in inputs]
+    dys = [[dy.clone() for dy in output_grads] for _ in inputs]
+    return {"fwd": forward, "fwd+bwd": both} if leaves else {"fwd": forward}
 
 
 def compile_baseline(spec: OpSpec, options: Options, budget: Budget) -> tuple[Function | None, str]:
@@ -246,15 +250,12 @@ def compile_baseline(spec: OpSpec, options: Options, budget: Budget) -> tuple[Fu
     return torch.compile(spec.baseline, dynamic=False), ""
 
 
-def compile_refusal(options: Options, budget: Budget) -> str:
+def compile_refusal(options: Options, budget: Budget, expected: float = 8.0) -> str:
+    """Why torch.compile, expected to take so many seconds, is left out; "" if it is not."""
     if not options.compiled:
         return "not asked for"
     if options.device.type == "cpu" and environment.cxx_compiler() is None:
         return "no C++ compiler for torch.compile"
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "TORCHDYNAMO_DISABLE=1"
-    return "" if budget.may_compile else "this run's share for compiling is spent"
-
-
-def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return "" if budget.allows_compiling(expected) else "this run's share for compiling is spent"

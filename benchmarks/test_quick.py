@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import fastgpt
-from benchmarks import buffers, environment, gpt_step, suites
-from benchmarks.proof import Truth
+from benchmarks import buffers, environment, gpt_step, proof, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT
 from benchmarks.timing import Step
+from fastgpt.testing.inputs import Problem
 
 pytest.importorskip("pytest_benchmark")
 
 DEVICE = torch.device("cpu")
 DTYPES = ("fp32", "bf16")
-OP_CASES = suites.op_cases((), DTYPES)
+OP_CASES = {case.name: case for case in suites.op_cases((), DTYPES)}
 CONTENDERS = (FASTGPT, EAGER, COMPILED)
 
 
@@ -33,36 +33,33 @@ def _allocator() -> None:
 
 
 @functools.lru_cache(maxsize=1)  # the tests of one case follow one another
-def prepared(case: suites.OpCase) -> tuple[Truth, list[dict[str, Any]], Callable[..., Any]]:
-    inputs = case.spec.make_inputs(case.case, case.dtype, suites.Draw(0, DEVICE))
-    truth = Truth(case.spec, inputs, case.dtype)
-    sets, _ = buffers.rotation(buffers.tensor_bytes(inputs.values()), buffers.caches(DEVICE))
+def prepared(name: str) -> tuple[Problem, list[dict[str, Any]], Callable[..., Any]]:
+    case = OP_CASES[name]
+    problem = proof.pose(case.spec, case.case, case.dtype, DEVICE)
+    sets, _ = buffers.rotation(buffers.tensor_bytes(problem.inputs.values()), buffers.caches(DEVICE))
     torch._dynamo.reset()
-    return (
-        truth,
-        buffers.copies(inputs, sets, truth.gradients),
-        torch.compile(case.spec.baseline, dynamic=False),
-    )
+    compiled = torch.compile(case.spec.baseline, dynamic=False)
+    return problem, buffers.copies(problem.inputs, sets, problem.leaves), compiled
 
 
 def parameters() -> Iterator[Any]:
-    for case, pass_, contender in itertools.product(OP_CASES, ("fwd", "fwd+bwd"), CONTENDERS):
+    for case, pass_, contender in itertools.product(OP_CASES.values(), ("fwd", "fwd+bwd"), CONTENDERS):
         yield pytest.param(case, pass_, contender, id=f"{case.name} {pass_} {contender}".replace(" ", "-"))
 
 
 @pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True, warmup_iterations=2, disable_gc=True)
-@pytest.mark.parametrize(("case", "pass_", "contender"), parameters())
+@pytest.mark.parametrize(("case", "pass_", "contender"), list(parameters()))
 def test_op(benchmark: Any, case: suites.OpCase, pass_: str, contender: str) -> None:
     if contender == COMPILED:
         _needs_compiler()
     benchmark.group = f"{case.name} {pass_}"
-    truth, inputs, compiled = prepared(case)
+    problem, inputs, compiled = prepared(case.name)
     function = {FASTGPT: case.spec.function, EAGER: case.spec.baseline, COMPILED: compiled}[contender]
-    error = truth.error(function)
+    error = proof.error(problem, function)
     benchmark.extra_info["error as a fraction of the bound"] = error
     if contender == FASTGPT:
         assert error <= 1.0, "not timed: outside its error bound on this case"
-    step = suites.passes_of(function, inputs, truth.gradients, truth.output_gradients)[pass_]
+    step = suites.passes_of(function, inputs, problem.leaves, list(problem.output_grads.values()))[pass_]
     _time(benchmark, step, len(inputs))
 
 
@@ -75,7 +72,7 @@ def test_gpt_step(benchmark: Any, dtype: str, contender: str) -> None:
     benchmark.group = f"{gpt_step.OP} {dtype}"
     module, call = gpt_step.contender(contender, DEVICE)
     batches = gpt_step.random_batches(DEVICE)
-    error = gpt_step.checked(module, call, batches[0], dtype)
+    error = gpt_step.checked(module, call, dtype, DEVICE)
     if contender == FASTGPT:
         assert error <= 1.0, "not timed: outside its tolerance"
     _time(benchmark, gpt_step.training_step(module, call, batches, dtype), len(batches))

@@ -214,11 +214,15 @@ def check(
     return run_check(op, backend, dtype, implementation)
 
 
-def doctor() -> int:
-    """Show the machine, what is built, and which backend runs which op."""
-    from fastgpt._core.doctor import report
+def doctor(table: bool = False) -> int:
+    """Show the machine, what is built, and which backend runs which op.
 
-    print(report())
+    Args:
+        table: Print only the README's table of ops and backends, the same on every machine.
+    """
+    from fastgpt._core.doctor import report, support_table
+
+    print(support_table() if table else report())
     return 0
 
 

@@ -46,22 +46,27 @@ class Contender:
     call: Callable[..., Tensor]  # the model, or its compiled form
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)  # by step
 
     def step(self, batch: Batch, step: int, config: TrainConfig) -> None:
         start = time.perf_counter()
         loss, _ = train_step(self.call, self.optimizer, [batch], step, config)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds[step] = time.perf_counter() - start
         self.losses.append(loss)
 
     def tokens_per_s(self, config: TrainConfig) -> dict[str, float]:
         tokens = config.batch_size * SEQ_LENGTH
-        timed = sorted(tokens / s for s in self.seconds[WARMUP_ROUNDS:])
+        timed = sorted(tokens / s for step, s in self.seconds.items() if step >= WARMUP_ROUNDS)
         return {
             "median": statistics.median(timed),
             "p20": timed[len(timed) // 5],
             "p80": timed[-1 - len(timed) // 5],
         }
+
+    def speed_against(self, other: Contender) -> float:
+        """The median over the rounds both took part in: what slows a whole round drops out."""
+        rounds = [step for step in self.seconds if step >= WARMUP_ROUNDS and step in other.seconds]
+        return statistics.median(other.seconds[step] / self.seconds[step] for step in rounds)
 
 
 def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
@@ -69,7 +74,7 @@ def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a directory or nothing, got a file")
     if steps <= WARMUP_ROUNDS:
-        raise ValueError(f"steps: expected more than {WARMUP_ROUNDS} (they warm up), got {steps}")
+        raise ValueError(f"steps: expected more than {WARMUP_ROUNDS} (that many warm up), got {steps}")
     deadline = time.perf_counter() + 60 * minutes
     config = TrainConfig(
         steps=steps, batch_size=8, lr=1e-3, min_lr=1e-4, warmup=max(1, steps // 10), seed=seed, log_every=20
@@ -173,8 +178,9 @@ def summarize(
 ) -> dict[str, Any]:
     windows = held_out_batches(corpus.held_out, config.batch_size, SEQ_LENGTH)
     held_out = {path.name: held_out_loss(path.model, windows, config) for path in paths}
-    rates = {path.name: path.tokens_per_s(config) for path in (*paths, *([compiled] if compiled else []))}
-    stock = rates["stock PyTorch"]["median"]
+    contenders = [*paths, *([compiled] if compiled else [])]
+    rates = {path.name: path.tokens_per_s(config) for path in contenders}
+    stock = next(path for path in paths if path.name == "stock PyTorch")
     differences = [max(row) - min(row) for row in zip(*(path.losses for path in paths), strict=True)]
     return {
         "model": model_config.to_dict(),
@@ -191,7 +197,7 @@ def summarize(
         "agrees": max(differences) <= AGREEMENT,
         "below_unigram_entropy": held_out["fused"] < corpus.unigram_entropy,
         "tokens_per_s": rates,
-        "against_stock": {name: rate["median"] / stock for name, rate in rates.items()},
+        "against_stock": {path.name: path.speed_against(stock) for path in contenders},
         "not_measured": {"stock, compiled": why_not} if why_not else {},
         "logged": records,
         "losses": {path.name: path.losses for path in paths},

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-
-Backend = str | Sequence[str] | None  # one backend, several to try in order, or None: chosen for each call
+from fastgpt._core.dispatch import Backend
 
 __all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "LayerNorm", "PositionalEncoding", "Softmax"]
 
@@ -174,8 +173,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
-        qkv = self.c_attn(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D], a view
+        # Split before the heads: backward then joins the three gradients in one copy.
+        q, k, v = (
+            part.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)  # [B, H, T, D]
+            for part in self.c_attn(x).split(dim, dim=-1)
+        )
         out = ops.attention(q, k, v, causal=True, mask=mask, backend=self.backend)
         out = self.c_proj(out.transpose(1, 2).reshape(batch, length, dim))
         return F.dropout(out, self.dropout) if self.dropout and self.training else out

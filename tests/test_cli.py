@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import cli
+from fastgpt import cli, demo
 from fastgpt.models import checkpoint
+from fastgpt.train.data import default_corpus
 
 SIZES = {"embedding-dim": 16, "num-heads": 2, "num-layers": 1, "seq-length": 16, "steps": 4, "batch-size": 2}
 TINY = [f"--{name}={n}" for name, n in {**SIZES, "eval-every": 2, "log-every": 1}.items()]
@@ -206,6 +207,29 @@ def test_a_missing_extra_says_what_to_install(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert "layer_norm" in capsys.readouterr().out
+
+
+def test_demo_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = default_corpus()[:60_000]
+    monkeypatch.setattr(demo, "default_corpus", lambda: text)
+    monkeypatch.setattr(demo, "compiled_path", lambda *_: (None, "not in this test"))
+    assert cli.main(["demo", "--steps", "5", "--out", str(tmp_path / "out")]) == 1  # five steps teach nothing
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["agrees"]
+    assert not results["below_unigram_entropy"]
+    assert {name: len(losses) for name, losses in results["losses"].items()} == dict.fromkeys(
+        results["held_out"], 5
+    )
+    assert {"losses.png", "results.json", "model"} == {file.name for file in (tmp_path / "out").iterdir()}
+    out = capsys.readouterr().out
+    assert "not measured: not in this test" in out
+    assert "Losses agree" in out
+    assert (
+        cli.main(["generate", "--model", str(tmp_path / "out" / "model"), "--prompt", "a", "--seed", "1"])
+        == 0
+    )
 
 
 def test_as_a_process(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_articles_constructor() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"positions": "sinusoidal", "tie_output": False}, {"pad_idx": None, "bias": False}]
 )
-@pytest.mark.parametrize("path", ["auto", "torch", "reference", "stock"])
+@pytest.mark.parametrize("path", ["auto", "cpu,torch", "torch", "reference", "stock"])
 def test_same_weights_same_results_on_every_path(path: str, options: Options) -> None:
     model = make_model(**options)
     tokens, targets = make_tokens()
@@ -103,7 +103,9 @@ def test_same_weights_same_results_on_every_path(path: str, options: Options) ->
     if path == "stock":
         other = StockGPT(model.config)
     else:
-        other = GPT(GPTConfig(**{**model.config.to_dict(), "backend": None if path == "auto" else path}))
+        other = GPT(
+            GPTConfig(**{**model.config.to_dict(), "backend": None if path == "auto" else path.split(",")})
+        )
     other.load_state_dict(model.state_dict())
     assert not misses(run(other, tokens, targets), exact, bound)
 

@@ -14,12 +14,12 @@ void forward_range(const T* x, const T* bias, T* y, int64_t count) {
   if (bias == nullptr) {
     for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       const F z = load(x + j, lanes);
-      store(y + j, z * gate<A>(z).cdf, lanes);
+      store(y + j, gelu<A>(z), lanes);
     });
   } else {
     for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       const F z = load(x + j, lanes) + load(bias + j, lanes);
-      store(y + j, z * gate<A>(z).cdf, lanes);
+      store(y + j, gelu<A>(z), lanes);
     });
   }
 }
@@ -30,8 +30,7 @@ void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias,
   for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     F z = load(x + j, lanes);
     if constexpr (HasBias) z = z + load(bias + j, lanes);
-    const Gate g = gate<A>(z);
-    const F d = load(dy + j, lanes) * fma(z, g.pdf, g.cdf);
+    const F d = load(dy + j, lanes) * gelu_slope<A>(z);
     if (dx != nullptr) store(dx + j, d, lanes);
     if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
   });
@@ -61,15 +60,15 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n,
       using T = typename decltype(type)::type;
       parallel_chunks(rows, 1, total, num_threads, [&](int64_t i, int64_t) {
         const int64_t at = i * n;
-        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + at, nullptr, static_cast<T*>(y) + at,
-                                                min_of(n, total - at));
+        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + at, nullptr,
+                                                static_cast<T*>(y) + at, min_of(n, total - at));
       });
     });
     return;
   }
   with_kind(dtype, approximate, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
-    parallel_chunks(rows, rows_per_chunk(n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+    parallel_chunks(rows, rows_per_chunk(rows, n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
                                                 static_cast<T*>(y) + i * n, n);
@@ -79,8 +78,8 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n,
 }
 
 // dx, dbias: null where not needed; bias null where there is none.
-void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* dbias, int64_t rows, int64_t n, int dtype,
-              int approximate, int num_threads) {
+void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* dbias, int64_t rows, int64_t n,
+              int dtype, int approximate, int num_threads) {
   if (dbias == nullptr) {
     const int64_t total = rows * n;
     if (bias == nullptr) {
@@ -90,7 +89,7 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
     with_kind(dtype, approximate, [&](auto type, auto kind) {
       using T = typename decltype(type)::type;
       constexpr int A = decltype(kind)::value;
-      parallel_chunks(rows, rows_per_chunk(n), total, num_threads, [&](int64_t begin, int64_t end) {
+      parallel_chunks(rows, rows_per_chunk(rows, n), total, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t at = i * n, count = min_of(n, total - at);
           const T *dy_i = static_cast<const T*>(dy) + at, *x_i = static_cast<const T*>(x) + at;
@@ -114,7 +113,8 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
       float* own = sums.data + begin / parts.size * n;
       std::memset(own, 0, static_cast<uint64_t>(n) * sizeof(float));
       for (int64_t i = begin; i < end; ++i) {
-        if ((i - begin) % kFlushRows == 0) std::memset(block.data, 0, static_cast<uint64_t>(n) * sizeof(float));
+        if ((i - begin) % kFlushRows == 0)
+          std::memset(block.data, 0, static_cast<uint64_t>(n) * sizeof(float));
         backward_range<T, decltype(kind)::value, true, true>(
             static_cast<const T*>(dy) + i * n, static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
             dx != nullptr ? static_cast<T*>(dx) + i * n : nullptr, block.data, n);

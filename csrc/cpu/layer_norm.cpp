@@ -1,12 +1,12 @@
 // LayerNorm over the last dimension, and its gradient.
 //
 //   y = (s - mean) * rstd * w + b,  s = x + residual rounded to the residual's type
-//   dx = rstd * (w dy - c1 - xhat * c2) + dstream,  c1 = mean(w dy), c2 = mean(w dy * xhat), xhat = (s - mean) * rstd
-//   dw = sum_rows dy * xhat,  db = sum_rows dy
+//   dx = rstd * (w dy - c1 - xhat * c2) + dstream,  c1 = mean(w dy), c2 = mean(w dy * xhat), xhat = (s -
+//   mean) * rstd dw = sum_rows dy * xhat,  db = sum_rows dy
 //
-// Each row is read from memory once: converted to fp32 scratch, which stays in cache for the passes that follow.
-// Statistics are two-pass with a correction: sum(s - mean) repairs what rounding did to the mean, so that data with a
-// large mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7).
+// Each row is read from memory once: converted to fp32 scratch, which stays in cache for the passes that
+// follow. Statistics are two-pass with a correction: sum(s - mean) repairs what rounding did to the mean, so
+// that data with a large mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7).
 
 #include "export.h"
 #include "parallel.h"
@@ -18,7 +18,8 @@ namespace {
 // A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none.
 class Parameter {
  public:
-  Parameter(const void* p, int dtype, int64_t n, float fill) : scratch_(p != nullptr && dtype == F32 ? 0 : n) {
+  Parameter(const void* p, int dtype, int64_t n, float fill)
+      : scratch_(p != nullptr && dtype == F32 ? 0 : n) {
     if (p != nullptr && dtype == F32) {
       data = static_cast<const float*>(p);
       return;
@@ -32,7 +33,8 @@ class Parameter {
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const T* from = static_cast<const T*>(p);
-      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(from + j, lanes), lanes); });
+      for_lanes<1>(
+          n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(from + j, lanes), lanes); });
     });
   }
   const float* data;
@@ -123,7 +125,8 @@ struct Backward {
 
 // T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to.
 template <class T, class X>
-void backward_rows(const Backward& a, const float* w, float* dw, float* db, float* scratch, int64_t begin, int64_t end) {
+void backward_rows(const Backward& a, const float* w, float* dw, float* db, float* scratch, int64_t begin,
+                   int64_t end) {
   const int64_t n = a.n;
   const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
   float *xhat = scratch, *wdy = scratch + n;
@@ -200,14 +203,16 @@ void with_dtypes(int t, int x, const Body& body) {  // the wider type is t itsel
 
 }  // namespace
 
-// residual and stream, weight, bias: null where absent. Strides are between rows, in elements; y, stream are contiguous.
-void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias, void* y, void* stream,
-                    float* mean, float* rstd, int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride,
-                    int x_dtype, int residual_dtype, int weight_dtype, double eps, int num_threads) {
+// residual and stream, weight, bias: null where absent. Strides are between rows, in elements; y, stream are
+// contiguous.
+void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias, void* y,
+                    void* stream, float* mean, float* rstd, int64_t rows, int64_t n, int64_t x_stride,
+                    int64_t residual_stride, int x_dtype, int residual_dtype, int weight_dtype, double eps,
+                    int num_threads) {
   const Parameter w(weight, weight_dtype, n, 1.0f), b(bias, weight_dtype, n, 0.0f);
-  const Forward a{x,    residual, y, stream,   mean,            rstd,
-                  rows, n,        x_stride, residual_stride, static_cast<float>(eps)};
-  parallel_chunks(rows, rows_per_chunk(n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+  const Forward a{
+      x, residual, y, stream, mean, rstd, rows, n, x_stride, residual_stride, static_cast<float>(eps)};
+  parallel_chunks(rows, rows_per_chunk(rows, n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
     if (residual == nullptr) {
       return with_dtype(x_dtype, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -232,11 +237,12 @@ void layer_norm_bwd(const void* dy, const void* dstream, const void* x, const vo
   const Backward a{dy, dstream, x, mean, rstd, dx, dresidual, n, dy_stride, x_stride, need_params};
   const Parts parts(rows);
   Scratch sums(need_params ? parts.count * 2 * n : 0);
-  const int64_t step = need_params ? parts.size : rows_per_chunk(n);
+  const int64_t step = need_params ? parts.size : rows_per_chunk(rows, n);
   parallel_chunks(rows, max_of(1, step), rows * n, num_threads, [&](int64_t begin, int64_t end) {
     float* own = need_params ? sums.data + begin / step * 2 * n : nullptr;
     with_dtypes(dy_dtype, x_dtype, [&](auto type, auto x_type) {
-      backward_part<typename decltype(type)::type, typename decltype(x_type)::type>(a, w.data, own, begin, end);
+      backward_part<typename decltype(type)::type, typename decltype(x_type)::type>(a, w.data, own, begin,
+                                                                                    end);
     });
   });
   if (!need_params) return;

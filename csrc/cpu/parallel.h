@@ -16,7 +16,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // body(begin, end) over [0, count) in chunks of `chunk`, handed to whichever thread is free.
 template <class Body>
-inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads, const Body& body) {
+inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads,
+                            const Body& body) {
   const int64_t chunks = ceil_div(count, chunk);
   const int threads = elements < kParallelElements ? 1 : static_cast<int>(min_of(chunks, num_threads));
   if (threads <= 1) {  // no OpenMP region: entering one costs more than a small tensor
@@ -27,8 +28,12 @@ inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int 
   for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
 }
 
-// Rows per chunk so that a chunk is some 64K elements: small enough to balance, large enough to hide the hand-out.
-inline int64_t rows_per_chunk(int64_t cols) { return max_of(1, (64 * 1024) / max_of(1, cols)); }
+// Rows per chunk: some 32 chunks to balance the threads, of at least 4K and at most 64K elements to hide the
+// hand-out.
+inline int64_t rows_per_chunk(int64_t rows, int64_t cols) {
+  const int64_t elements = min_of(64 * 1024, max_of(4 * 1024, rows * cols / 32));
+  return max_of(1, elements / max_of(1, cols));
+}
 
 // Fixed parts for sums over rows: at least 64 rows each, at most 64 parts.
 struct Parts {
@@ -41,7 +46,8 @@ struct Parts {
   }
 };
 
-// Rows added into one accumulator before it is flushed into the part's own: two levels keep long sums accurate.
+// Rows added into one accumulator before it is flushed into the part's own: two levels keep long sums
+// accurate.
 constexpr int64_t kFlushRows = 64;
 
 // fp32 scratch memory, aligned to a cache line; small sizes live on the stack.

@@ -7,9 +7,8 @@
 namespace fg::FG_LEVEL {
 
 inline void add_into(float* to, const float* from, int64_t n) {
-  for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-    store(to + j, load(to + j, lanes) + load(from + j, lanes), lanes);
-  });
+  for_lanes<1>(n, [&](int64_t j, int, auto lanes)
+                      FG_LAMBDA { store(to + j, load(to + j, lanes) + load(from + j, lanes), lanes); });
 }
 
 // out[j] = sum over parts of sums[part * stride + j], rounded once; out may be null.

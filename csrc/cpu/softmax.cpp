@@ -1,10 +1,12 @@
 // Softmax over the last dimension of [.., Tq, Tk]: scale, mask, causal, dropout; and its gradient.
 //
 //   s = scale * x + mask,  p = exp(s - max s) / sum exp(s - max s),  y = p * keep / (1 - dropout)
-//   ds = p * (g - sum p g),  g = dy * keep / (1 - dropout),  dx = scale * ds,  dmask = sum of ds where mask is shared
+//   ds = p * (g - sum p g),  g = dy * keep / (1 - dropout),  dx = scale * ds,  dmask = sum of ds where mask
+//   is shared
 //
-// Each row is read from memory once; scores and exponentials live in fp32 scratch. Columns that causality hides are
-// neither read nor anything but zero; x under a False in a boolean mask is replaced, never added to.
+// Each row is read from memory once; scores and exponentials live in fp32 scratch. Columns that causality
+// hides are neither read nor anything but zero; x under a False in a boolean mask is replaced, never added
+// to.
 
 #include "export.h"
 #include "math.h"
@@ -17,10 +19,11 @@ namespace {
 
 enum MaskKind : int { kNoMask = 0, kBoolMask = 1, kFloatMask = 2 };
 
-// Where the mask's row for row i of x begins: row indices are split over up to four dimensions, each with its stride.
+// Where the mask's row for row i of x begins: row indices are split over up to four dimensions, each with its
+// stride.
 struct MaskRows {
-  int64_t n1, n2, n3;          // sizes of the inner three (the outermost takes what is left)
-  int64_t s0, s1, s2, s3;      // strides in elements, 0 where broadcast
+  int64_t n1, n2, n3;      // sizes of the inner three (the outermost takes what is left)
+  int64_t s0, s1, s2, s3;  // strides in elements, 0 where broadcast
   int64_t offset(int64_t i) const {
     const int64_t i3 = i % n3, i2 = i / n3 % n2, i1 = i / n3 / n2 % n1, i0 = i / n3 / n2 / n1;
     return i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3;
@@ -45,9 +48,8 @@ constexpr float kInf = __builtin_inff();
 template <class Score>
 FG_INLINE float max_lanes(int64_t n, const Score& score) {
   F best[4] = {set(-kInf), set(-kInf), set(-kInf), set(-kInf)};
-  for_lanes<4>(n, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
-    best[u] = vmax(keep(score(j, lanes), lanes, set(-kInf)), best[u]);
-  });
+  for_lanes<4>(n, [&](int64_t j, int u, auto lanes)
+                      FG_LAMBDA { best[u] = vmax(keep(score(j, lanes), lanes, set(-kInf)), best[u]); });
   return hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
 }
 
@@ -64,14 +66,16 @@ FG_INLINE float exponentials(const T* x, F scale, float top, float* e, int64_t n
 
 template <class T>
 void fill_zero(T* y, int64_t begin, int64_t end) {
-  if (begin < end) std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(end - begin) * sizeof(T));
+  if (begin < end)
+    std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(end - begin) * sizeof(T));
 }
 
 template <class T>
 void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int64_t row, int64_t n) {
   const F by = set(inverse);
   if (!a.dropping) {
-    for_lanes<2>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(y + j, load(e + j, lanes) * by, lanes); });
+    for_lanes<2>(n,
+                 [&](int64_t j, int, auto lanes) FG_LAMBDA { store(y + j, load(e + j, lanes) * by, lanes); });
   } else {
     for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       const F probability = load(e + j, lanes) * by;
@@ -81,7 +85,8 @@ void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int6
   }
 }
 
-// A mask's row as the vector loops want it: in place if its columns are adjacent and need no conversion, else copied.
+// A mask's row as the vector loops want it: in place if its columns are adjacent and need no conversion, else
+// copied.
 const uint8_t* mask_row(const uint8_t* mask, int64_t column_stride, uint8_t* copy, int64_t n) {
   if (column_stride == 1) return mask;
   for (int64_t j = 0; j < n; ++j) copy[j] = mask[j * column_stride];
@@ -93,7 +98,8 @@ const float* mask_row(const T* mask, int64_t column_stride, float* copy, int64_t
     if (column_stride == 1) return mask;
   }
   if (column_stride == 1) {
-    for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(mask + j, lanes), lanes); });
+    for_lanes<1>(
+        n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(mask + j, lanes), lanes); });
   } else {
     for (int64_t j = 0; j < n; ++j) copy[j] = load_scalar(mask + j * column_stride);
   }
@@ -126,7 +132,8 @@ template <class T>
 float added_row(const Problem& a, const T* x, const float* mask, float* e, int64_t n) {
   const F scale = set(a.scale);
   if (mask == nullptr) {
-    const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
+    const float top =
+        max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
     return exponentials(x, scale, top, e, n);
   }
   const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
@@ -138,8 +145,8 @@ float added_row(const Problem& a, const T* x, const float* mask, float* e, int64
 }
 
 template <class T, class MaskType>
-void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask, const MaskRows& mask_rows,
-                  int64_t column_stride, int64_t begin, int64_t end) {
+void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
+                  const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = a.visible(i), at = i * a.cols;
@@ -202,13 +209,14 @@ void backward_row(const Problem& a, const T* dy, const T* p, T* dx, float* dmask
   if (dx != nullptr) fill_zero(dx + at, n, a.cols);
 }
 
-Problem problem(int64_t rows, int64_t cols, int64_t queries, double scale, int64_t threshold, double keep_scale,
-                const void* rng) {
+Problem problem(int64_t rows, int64_t cols, int64_t queries, double scale, int64_t threshold,
+                double keep_scale, const void* rng) {
   Problem a{rows, cols, queries, static_cast<float>(scale), rng != nullptr, {}};
   if (rng != nullptr) {
     uint64_t seed_offset[2];
     std::memcpy(seed_offset, rng, sizeof(seed_offset));
-    a.dropout = {seed_offset[0], seed_offset[1], static_cast<uint32_t>(threshold), static_cast<float>(keep_scale)};
+    a.dropout = {seed_offset[0], seed_offset[1], static_cast<uint32_t>(threshold),
+                 static_cast<float>(keep_scale)};
   }
   return a;
 }
@@ -243,11 +251,13 @@ template <class T, class MaskType>
 void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType* dmask, int64_t mask_cols,
                      const Sharing& sharing, int num_threads) {
   const int64_t groups = sharing.groups(), members = sharing.members();
-  // Many mask rows: one part each. Few: the rows that share one are split as well, or there would be no parallel work.
-  const int64_t wanted = groups >= 64 ? 1 : max_of(1, min_of(ceil_div(64, max_of(1, groups)), ceil_div(members, 8)));
+  // Many mask rows: one part each. Few: the rows that share one are split as well, or there would be no
+  // parallel work.
+  const int64_t wanted =
+      groups >= 64 ? 1 : max_of(1, min_of(ceil_div(64, max_of(1, groups)), ceil_div(members, 8)));
   const int64_t size = max_of(1, ceil_div(members, wanted)), parts = max_of(1, ceil_div(members, size));
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
-  const int64_t chunk = max_of(1, rows_per_chunk(a.cols) / size);
+  const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -257,7 +267,8 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
       for (int64_t m = first; m < last; m += kFlushRows) {
         fill_zero(block.data, 0, mask_cols);
         for (int64_t k = m; k < min_of(m + kFlushRows, last); ++k) {
-          backward_row(a, dy, p, dx, block.data, mask_cols == 1 && a.cols != 1, g.data, sharing.row(group, k));
+          backward_row(a, dy, p, dx, block.data, mask_cols == 1 && a.cols != 1, g.data,
+                       sharing.row(group, k));
         }
         add_into(own, block.data, mask_cols);
       }
@@ -266,28 +277,30 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
   });
   if (parts == 1) return;
   for (int64_t group = 0; group < groups; ++group) {
-    reduce_parts(sums.data + group * parts * mask_cols, parts, mask_cols, mask_cols, dmask + group * mask_cols,
-                 num_threads);
+    reduce_parts(sums.data + group * parts * mask_cols, parts, mask_cols, mask_cols,
+                 dmask + group * mask_cols, num_threads);
   }
 }
 
 }  // namespace
 
-// x, y, p: [rows, cols] contiguous. p and rng (seed, offset): null without dropout. queries: Tq if causal, else 0.
-// mask: null, boolean (mask_kind 1) or of mask_dtype (2); its row is found by MaskRows, its columns column_stride apart.
-void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, int64_t queries, int dtype, double scale,
-                 const void* mask, int mask_kind, int mask_dtype, int64_t n1, int64_t n2, int64_t n3, int64_t s0,
-                 int64_t s1, int64_t s2, int64_t s3, int64_t column_stride, const void* rng, int64_t threshold,
-                 double keep_scale, int num_threads) {
+// x, y, p: [rows, cols] contiguous. p and rng (seed, offset): null without dropout. queries: Tq if causal,
+// else 0. mask: null, boolean (mask_kind 1) or of mask_dtype (2); its row is found by MaskRows, its columns
+// column_stride apart.
+void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, int64_t queries, int dtype,
+                 double scale, const void* mask, int mask_kind, int mask_dtype, int64_t n1, int64_t n2,
+                 int64_t n3, int64_t s0, int64_t s1, int64_t s2, int64_t s3, int64_t column_stride,
+                 const void* rng, int64_t threshold, double keep_scale, int num_threads) {
   const Problem a = problem(rows, cols, queries, scale, threshold, keep_scale, rng);
   const MaskRows mask_rows{n1, n2, n3, s0, s1, s2, s3};
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto* typed_mask) {
-      parallel_chunks(rows, rows_per_chunk(cols), rows * cols, num_threads, [&](int64_t begin, int64_t end) {
-        forward_rows(a, static_cast<const T*>(x), static_cast<T*>(y), static_cast<T*>(p), mask_kind, typed_mask,
-                     mask_rows, column_stride, begin, end);
-      });
+      parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
+                      [&](int64_t begin, int64_t end) {
+                        forward_rows(a, static_cast<const T*>(x), static_cast<T*>(y), static_cast<T*>(p),
+                                     mask_kind, typed_mask, mask_rows, column_stride, begin, end);
+                      });
     };
     if (mask_kind == kBoolMask) {
       run(static_cast<const uint8_t*>(mask));
@@ -299,21 +312,24 @@ void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, in
   });
 }
 
-// dmask: null if not needed, else [mask rows, mask_cols] contiguous, mask_cols 1 or cols; n0 … n3 and `shared` say
-// which rows share a row of the mask (see Sharing). dx: null if not needed.
-void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t rows, int64_t cols, int64_t queries,
-                 int dtype, double scale, int mask_dtype, int64_t mask_cols, int64_t n0, int64_t n1, int64_t n2,
-                 int64_t n3, int shared, const void* rng, int64_t threshold, double keep_scale, int num_threads) {
+// dmask: null if not needed, else [mask rows, mask_cols] contiguous, mask_cols 1 or cols; n0 … n3 and
+// `shared` say which rows share a row of the mask (see Sharing). dx: null if not needed.
+void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t rows, int64_t cols,
+                 int64_t queries, int dtype, double scale, int mask_dtype, int64_t mask_cols, int64_t n0,
+                 int64_t n1, int64_t n2, int64_t n3, int shared, const void* rng, int64_t threshold,
+                 double keep_scale, int num_threads) {
   const Problem a = problem(rows, cols, queries, scale, threshold, keep_scale, rng);
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T *dy_t = static_cast<const T*>(dy), *p_t = static_cast<const T*>(p);
     T* dx_t = static_cast<T*>(dx);
     if (dmask == nullptr) {
-      parallel_chunks(rows, rows_per_chunk(cols), rows * cols, num_threads, [&](int64_t begin, int64_t end) {
-        Scratch g(a.dropping ? cols : 0);
-        for (int64_t i = begin; i < end; ++i) backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i);
-      });
+      parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
+                      [&](int64_t begin, int64_t end) {
+                        Scratch g(a.dropping ? cols : 0);
+                        for (int64_t i = begin; i < end; ++i)
+                          backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i);
+                      });
       return;
     }
     const Sharing sharing{{n0, n1, n2, n3}, shared};

@@ -93,8 +93,8 @@ FG_INLINE F operator-(F a) { return set(0.0f) - a; }
 FG_INLINE F keep(F x, Full, F) { return x; }
 FG_INLINE F keep(F x, Part part, F fill) { return select(first_lanes(part.n), x, fill); }
 
-// body(j, u, lanes) over [0, n): vectors in groups of U (u = 0 … U-1 picks an accumulator), then single ones, then
-// one tail.
+// body(j, u, lanes) over [0, n): vectors in groups of U (u = 0 … U-1 picks an accumulator), then single ones,
+// then one tail.
 template <int U, class Body>
 FG_INLINE void for_lanes(int64_t n, const Body& body) {
   int64_t j = 0;
@@ -108,8 +108,8 @@ FG_INLINE void for_lanes(int64_t n, const Body& body) {
   if (j < n) body(j, 0, Part{static_cast<int>(n - j)});
 }
 
-// Sum over [0, n) of term(j, lanes), which must be zero in lanes beyond a part. Segments keep the running sums
-// short: each of the partial sums is of at most kSegment / (4 W) terms.
+// Sum over [0, n) of term(j, lanes), which must be zero in lanes beyond a part. Segments keep the running
+// sums short: each of the partial sums is of at most kSegment / (4 W) terms.
 constexpr int64_t kSegment = 8192;
 
 template <class Term>
@@ -118,7 +118,8 @@ FG_INLINE float sum_lanes(int64_t n, const Term& term) {
   for (int64_t begin = 0; begin < n; begin += kSegment) {
     const int64_t count = n - begin < kSegment ? n - begin : kSegment;
     F acc[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
-    for_lanes<4>(count, [&](int64_t j, int u, auto lanes) FG_LAMBDA { acc[u] = acc[u] + term(begin + j, lanes); });
+    for_lanes<4>(count,
+                 [&](int64_t j, int u, auto lanes) FG_LAMBDA { acc[u] = acc[u] + term(begin + j, lanes); });
     total += hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
   }
   return total;

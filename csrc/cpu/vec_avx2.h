@@ -23,6 +23,8 @@ FG_INLINE F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  /
 FG_INLINE F vmin(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 FG_INLINE F vmax(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 FG_INLINE F vabs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// -min(|a|, limit); limit for NaN.
+FG_INLINE F negative_limited(F a, float limit) { return set(0.0f) - vmin(vabs(a), set(limit)); }
 FG_INLINE M operator<(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 FG_INLINE M operator|(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
 FG_INLINE bool any(M m) { return _mm256_movemask_ps(m.v) != 0; }
@@ -45,12 +47,12 @@ FG_INLINE float hmax(F a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-FG_INLINE F round_nearest(F a) {
-  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-// a * 2^n for integral -252 <= n <= 0, in two steps so that the result underflows gradually.
-FG_INLINE F scale2(F a, F n) {
-  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+// For 2^w with w <= 1: w - floor(w), in [0, 1], and a * 2^floor(w) with gradual underflow. 2^-160 is 0, so
+// that w can be limited there; two steps, because 2^-149 itself is no factor of a normal number.
+FG_INLINE F limited(F w) { return vmax(set(-160.0f), w); }
+FG_INLINE F fraction(F w) { return limited(w) - F{_mm256_floor_ps(limited(w).v)}; }
+FG_INLINE F scale_floor(F a, F w) {
+  const __m256i whole = _mm256_cvtps_epi32(_mm256_floor_ps(limited(w).v)), half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
   const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);

@@ -26,6 +26,9 @@ FG_INLINE F fnma(F a, F b, F c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  /
 FG_INLINE F vmin(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 FG_INLINE F vmax(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 FG_INLINE F vabs(F a) { return {_mm512_abs_ps(a.v)}; }
+// -min(|a|, limit); limit for NaN. vrangeps: the smaller magnitude (imm bits 1:0 = 2), sign set (bits 3:2 =
+// 3).
+FG_INLINE F negative_limited(F a, float limit) { return {_mm512_range_ps(a.v, _mm512_set1_ps(limit), 0xe)}; }
 FG_INLINE M operator<(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FG_INLINE M operator|(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 FG_INLINE bool any(M m) { return m.v != 0; }
@@ -35,12 +38,11 @@ FG_INLINE M first_lanes(int n) { return {static_cast<__mmask16>((1u << n) - 1)};
 FG_INLINE float hsum(F a) { return _mm512_reduce_add_ps(a.v); }
 FG_INLINE float hmax(F a) { return _mm512_reduce_max_ps(a.v); }
 
-FG_INLINE F round_nearest(F a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-// a * 2^n for integral n <= 0, with gradual underflow.
-FG_INLINE F scale2(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// 1 / a within 1 ulp for normal a whose inverse is normal: one Newton step on a 14-bit start, half the cost of vdivps.
+// For 2^w: w - floor(w), in [0, 1], and a * 2^floor(w) with gradual underflow (0 at w = -inf).
+FG_INLINE F fraction(F w) { return {_mm512_reduce_ps(w.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+FG_INLINE F scale_floor(F a, F w) { return {_mm512_scalef_ps(a.v, w.v)}; }
+// 1 / a within 1 ulp for normal a whose inverse is normal: one Newton step on a 14-bit start, half the cost
+// of vdivps.
 FG_INLINE F reciprocal(F a) {
   const F start{_mm512_rcp14_ps(a.v)};
   return fma(start, fnma(a, start, set(1.0f)), start);

@@ -20,9 +20,13 @@ FG_INLINE F set(float x) { return {F4{x, x, x, x}}; }
 FG_INLINE F operator+(F a, F b) { return {a.v + b.v}; }
 FG_INLINE F operator-(F a, F b) { return {a.v - b.v}; }
 FG_INLINE F operator*(F a, F b) { return {a.v * b.v}; }
-FG_INLINE F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }   // rounds twice: nothing here may rely on one rounding
+FG_INLINE F fma(F a, F b, F c) {
+  return {a.v * b.v + c.v};
+}  // rounds twice: nothing here may rely on one rounding
 FG_INLINE F fnma(F a, F b, F c) { return {c.v - a.v * b.v}; }
-FG_INLINE F select(M m, F a, F b) { return {bit_cast<F4>((m.v & bit_cast<I4>(a.v)) | (~m.v & bit_cast<I4>(b.v)))}; }
+FG_INLINE F select(M m, F a, F b) {
+  return {bit_cast<F4>((m.v & bit_cast<I4>(a.v)) | (~m.v & bit_cast<I4>(b.v)))};
+}
 FG_INLINE M operator<(F a, F b) { return {a.v < b.v}; }
 FG_INLINE M operator|(M a, M b) { return {a.v | b.v}; }
 FG_INLINE bool any(M m) { return (m.v[0] | m.v[1] | m.v[2] | m.v[3]) != 0; }
@@ -30,6 +34,8 @@ FG_INLINE M none() { return {I4{0, 0, 0, 0}}; }
 FG_INLINE F vmin(F a, F b) { return select(a < b, a, b); }
 FG_INLINE F vmax(F a, F b) { return select(b < a, a, b); }
 FG_INLINE F vabs(F a) { return {bit_cast<F4>(bit_cast<I4>(a.v) & 0x7fffffff)}; }
+// -min(|a|, limit); limit for NaN.
+FG_INLINE F negative_limited(F a, float limit) { return set(0.0f) - vmin(vabs(a), set(limit)); }
 FG_INLINE M first_lanes(int n) { return {I4{0, 1, 2, 3} < n}; }
 FG_INLINE float hsum(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FG_INLINE float hmax(F a) {
@@ -37,12 +43,18 @@ FG_INLINE float hmax(F a) {
   return x > y ? x : y;
 }
 
-// |a| < 2^22: at 1.5 * 2^23 a float has no fraction bits left, so the adder rounds.
+// For 2^w with w <= 1: w - floor(w), in [0, 1], and a * 2^floor(w) with gradual underflow. 2^-160 is 0, so
+// that w can be limited there; two steps, because 2^-149 itself is no factor of a normal number. Rounding:
+// at 1.5 * 2^23 a float has no fraction bits left, so that the adder rounds.
 constexpr float kRounder = 12582912.0f;
-FG_INLINE F round_nearest(F a) { return {(a.v + kRounder) - kRounder}; }
-// a * 2^n for integral -252 <= n <= 0, in two steps so that the result underflows gradually.
-FG_INLINE F scale2(F a, F n) {
-  const I4 whole = bit_cast<I4>(n.v + kRounder) - 0x4b400000, half = whole >> 1;
+FG_INLINE F limited(F w) { return vmax(set(-160.0f), w); }
+FG_INLINE F floor_of(F w) {
+  const F rounded{(w.v + kRounder) - kRounder};
+  return select(w < rounded, rounded - set(1.0f), rounded);
+}
+FG_INLINE F fraction(F w) { return limited(w) - floor_of(limited(w)); }
+FG_INLINE F scale_floor(F a, F w) {
+  const I4 whole = bit_cast<I4>(floor_of(limited(w)).v + kRounder) - 0x4b400000, half = whole >> 1;
   const U4 first = bit_cast<U4>(half + 127) << 23, second = bit_cast<U4>(whole - half + 127) << 23;
   return {a.v * bit_cast<F4>(first) * bit_cast<F4>(second)};
 }

@@ -15,7 +15,7 @@ from fastgpt._core.dispatch import backends
 from fastgpt._core.memory import keeps_large_blocks
 from fastgpt._core.spec import BACKENDS
 
-_PACKAGES = ("fastgpt", "torch", "triton", "tokenizers", "safetensors", "tyro", "matplotlib", "tqdm", "rich")
+_PACKAGES = ("fastgpt", "torch", "triton", "tokenizers", "safetensors", "tyro", "matplotlib", "tqdm")
 
 
 def report() -> str:
@@ -33,7 +33,10 @@ def report() -> str:
 
 def support_table() -> str:
     """Which backend exists for which op, as Markdown: the table in the README, the same on every machine."""
-    lines = ["| op | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
+    lines = [
+        "| op | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |",
+        "|---" * (len(BACKENDS) + 1) + "|",
+    ]
     for spec in registry.ops():
         cells = ("yes" if registry.is_written(spec.name, name) else "–" for name in BACKENDS)
         lines.append(f"| `{spec.name}` | {' | '.join(cells)} |")

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt._core.dispatch import Backend
 from fastgpt.models import checkpoint
-from fastgpt.nn import ACTIVATIONS, Backend, Block, LayerNorm, PositionalEncoding
+from fastgpt.nn import ACTIVATIONS, Block, LayerNorm, PositionalEncoding
 
 IGNORE_INDEX = -100  # targets that do not count, as in F.cross_entropy
 POSITIONS = ("learned", "sinusoidal")
@@ -122,8 +123,8 @@ class GPT(nn.Module):
                 raise TypeError("GPT(config): expected nothing beside the GPTConfig")
             config = vocab_size
         else:
-            sizes: Any = (embedding_dim, num_heads, num_layers, max_seq_length)  # checked by GPTConfig
-            config = GPTConfig(vocab_size, *sizes, pad_idx, **options)
+            sizes: tuple[Any, ...] = (embedding_dim, num_heads, num_layers, max_seq_length, pad_idx)
+            config = GPTConfig(vocab_size, *sizes, **options)  # which checks them
         self.config = config
         dim = config.embedding_dim
         self.wte = nn.Embedding(config.vocab_size, dim, padding_idx=config.pad_idx)

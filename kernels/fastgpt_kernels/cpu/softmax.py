@@ -97,7 +97,7 @@ def softmax_bwd(
 
 
 def _dropout(dropout_p: float, rng: Tensor | None) -> tuple[Tensor | None, tuple[int, int, float]]:
-    """rng (kept alive by the caller) and (its address, threshold, scale of what is kept); address 0 without dropout."""
+    """rng (kept alive by the caller) and (its address or 0, threshold, scale of what is kept)."""
     if dropout_p <= 0.0:
         return None, (0, 0, 1.0)
     assert rng is not None
@@ -123,7 +123,7 @@ def _shared_dims(shape: Sequence[int], mask_shape: Sequence[int]) -> tuple[list[
 def _merge(
     sizes: Sequence[int], keys: Sequence[int], same: Callable[[int, int, int], bool]
 ) -> tuple[list[int], list[int]]:
-    """Merges a dimension into its inner neighbour where same(outer key, inner key, inner size); drops those of one."""
+    """Merges neighbours where same(outer key, inner key, inner size); drops dimensions of size one."""
     merged_sizes: list[int] = []
     merged_keys: list[int] = []
     for size, key in zip(reversed(sizes), reversed(keys), strict=True):

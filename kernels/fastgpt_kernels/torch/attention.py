@@ -47,11 +47,13 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dmask)."""
     if _is_pair(q, k, v) and not need_dmask:
-        bias, top_left = _bias(q, k, causal, mask)
+        # In bf16 and fp16 that kernel adds up dk and dv block by block in the low precision: widen it all.
+        dout, q_wide, k_wide, v_wide, out = (t.float() for t in (dout, q, k, v, out))
+        bias, top_left = _bias(q_wide, k, causal, mask)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, top_left, attn_mask=bias, scale=scale
+            dout, q_wide, k_wide, v_wide, out, lse, 0.0, top_left, attn_mask=bias, scale=scale
         )
-        return (*(_heads_inside(grad) for grad in grads), None)  # type: ignore[return-value]
+        return (*(_heads_inside(grad.to(q.dtype)) for grad in grads), None)  # type: ignore[return-value]
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     if need_dmask and mask is not None:
         mask = mask.detach().requires_grad_()
@@ -96,7 +98,9 @@ def _bias(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tens
         assert hidden is not None
         bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
     else:
-        bias = mask if hidden is None else mask.masked_fill(hidden, -torch.inf)
+        bias = mask.to(q.dtype) if mask.dtype != torch.float32 else mask  # SDPA takes q's dtype or fp32
+        if hidden is not None:
+            bias = bias.masked_fill(hidden, -torch.inf)
     return bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape)), False
 
 

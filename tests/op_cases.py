@@ -1,0 +1,106 @@
+"""What the generated tests run over: the registry's ops and cases, and every backend and SIMD level of this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import fastgpt.ops  # noqa: F401  (registers the ops)
+import fastgpt_kernels
+import torch
+from fastgpt._core import library, registry
+from fastgpt._core.spec import BACKENDS, Case, OpSpec
+from fastgpt.testing.inputs import DTYPE_NAMES, Problem, dtypes_of, problem
+
+OPS = [spec.name for spec in registry.ops()]
+
+
+class Variant(NamedTuple):
+    """A backend, and the SIMD level for those that have one."""
+
+    backend: str
+    level: str | None = None
+
+    @property
+    def name(self) -> str:
+        """ "cpu" is the best level that this machine has, "cpu_avx2" another."""
+        return self.backend if self.level is None else f"{self.backend}_{self.level}"
+
+    def enter(self) -> None:
+        if self.level is not None:
+            fastgpt_kernels.load_cpu().set_isa(self.level)
+
+
+def variants(op: str) -> list[Variant]:
+    """Everything on this machine that runs `op` on CPU tensors."""
+    found = []
+    for backend in backends(op):
+        found.append(Variant(backend))
+        if backend == "cpu":
+            found += [Variant("cpu", level) for level in fastgpt_kernels.load_cpu().isas()[:-1]]
+    return found
+
+
+def backends(op: str) -> list[str]:
+    """The backends that have a module for `op` and run on CPU tensors."""
+    modules = {name: registry.module(op, name) for name in BACKENDS}
+    return [name for name in BACKENDS if isinstance(modules[name], ModuleType) and registry.runs_on(name, "cpu")]
+
+
+def matrix() -> Iterator[tuple[str, OpSpec, Variant, torch.dtype, Case]]:
+    """(test id, ...) of every op, dtype, case and variant; the variants of a case together: they share its problem."""
+    for spec in registry.ops():
+        for case in spec.cases:
+            for dtype in dtypes_of(case):
+                for variant in variants(spec.name):
+                    name = f"{spec.name}-{variant.name}-{DTYPE_NAMES[dtype]}-{case.name}"
+                    yield name, spec, variant, dtype, case
+
+
+def forms(op: str, *, largest: bool = False) -> list[Case]:
+    """The smallest non-empty case, or the largest, for every set of options that an op declares."""
+    found: dict[tuple[Any, ...], Case] = {}
+    sign = -1 if largest else 1
+    for case in registry.get(op).cases:
+        key = tuple((name, value if isinstance(value, (bool, str)) else None) for name, value in case.options.items())
+        size = math.prod(case.shape)
+        if 1 < size and (key not in found or sign * size < sign * math.prod(found[key].shape)):
+            found[key] = case
+    return list(found.values())
+
+
+def form_ids() -> list[tuple[str, Case]]:
+    return [(op, case) for op in OPS for case in forms(op)]
+
+
+def form_problem(op: str, case: Case, dtype: torch.dtype | None = None) -> Problem:
+    """The problem of a form, by default in the first dtype that it has."""
+    return problem(registry.get(op), case, dtypes_of(case)[0] if dtype is None else dtype)
+
+
+def supported(spec: OpSpec, backend: str, inputs: dict[str, Any]) -> bool:
+    module = registry.module(spec.name, backend)
+    return isinstance(module, ModuleType) and module.supports(*spec.prepare(**inputs)) is None
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """(entry name, arguments) of every kernel called directly within the block."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    originals = dict(library._DIRECT)
+
+    def spy(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            calls.append((name, args))
+            return function(*args)
+
+        return run
+
+    library._DIRECT.update({name: spy(name, function) for name, function in originals.items()})
+    try:
+        yield calls
+    finally:
+        library._DIRECT.update(originals)

@@ -1,0 +1,210 @@
+"""Every op, backend, dtype and case of the registry against the exact reference: ids like layer_norm-cpu-bf16-7x1600.
+
+`check` looks at far more than the error: poison, guard bytes, aliases, layouts, repetition, leaks (`HAZARDS`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from fastgpt._core import registry
+from fastgpt._core.dispatch import BackendError
+from fastgpt._core.spec import Case, OpSpec
+from fastgpt.testing import check
+from fastgpt.testing.cli import repro
+from fastgpt.testing.inputs import as_tuple, problem, results
+from fastgpt.testing.memory import same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_cases import OPS, Variant, backends, forms, matrix, recorded, supported, variants
+
+MATRIX = list(matrix())
+PLAIN = [(op, variant) for op in OPS for variant in variants(op)]
+PLAIN_IDS = [f"{op}-{variant.name}" for op, variant in PLAIN]
+
+
+@pytest.mark.parametrize(("spec", "variant", "dtype", "case"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX])
+def test_case(spec: OpSpec, variant: Variant, dtype: torch.dtype, case: Case) -> None:
+    variant.enter()
+    report = check(spec.name, backend=variant.backend, dtypes=[dtype], cases=[case])
+    if report.skipped:
+        assert variant.backend == "torch", report
+        pytest.skip(report.skipped[0][2])
+    if not report.ok:
+        pytest.fail(f"{report}\n" + "\n".join({repro(report, failure) for failure in report.failures}), pytrace=False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fp64_takes_torch_or_reference(op: str) -> None:
+    spec = registry.get(op)
+    for case in forms(op):
+        if case.mixed or case.options.get("mask") == "fp32":
+            continue
+        made = problem(spec, case, torch.float64)
+        if "cpu" in backends(op):
+            with pytest.raises(BackendError, match="float64"):
+                spec.function(**made.inputs, backend="cpu")
+        for backend in ("torch", "reference"):
+            if supported(spec, backend, made.inputs):
+                got = results(made, _on(spec, backend), made.inputs, made.output_grads)
+                torch.testing.assert_close(got, made.exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "cpu" in backends(op)])
+def test_the_number_of_threads_changes_no_bit(op: str) -> None:
+    spec = registry.get(op)
+    for case in forms(op, largest=True):
+        for dtype in (torch.bfloat16,) if case.mixed else (torch.float32, torch.bfloat16):
+            made = problem(spec, case, dtype)
+            found = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(results(made, _on(spec, "cpu"), made.inputs, made.output_grads))
+            for name, value in found[0].items():
+                assert same_bits(value, found[1][name]), f"{case.name} {dtype} {name}"
+
+
+@pytest.mark.parametrize(("op", "variant"), PLAIN, ids=PLAIN_IDS)
+def test_the_backend_asked_for_is_the_one_that_runs(op: str, variant: Variant) -> None:
+    spec = registry.get(op)
+    made = problem(spec, forms(op)[0], torch.float32)
+    with recorded() as calls:
+        results(made, _on(spec, variant.backend), made.inputs, made.output_grads)
+    assert [name for name, _ in calls] == [f"{op}_fwd_{variant.backend}", f"{op}_bwd_{variant.backend}"]
+
+
+def test_the_simd_level_asked_for_is_the_one_that_runs() -> None:
+    """Levels differ in the last bits of exp: were the switch without effect, they would not."""
+    x = torch.linspace(-3, 3, 4000).reshape(2, 2000)
+    seen = set()
+    for variant in variants("softmax"):
+        if variant.backend == "cpu":
+            variant.enter()
+            seen.add(fastgpt_softmax(x).numpy().tobytes())
+    assert len(seen) >= min(2, sum(variant.backend == "cpu" for variant in variants("softmax")))
+
+
+def fastgpt_softmax(x: torch.Tensor) -> torch.Tensor:
+    return registry.get("softmax").function(x, backend="cpu")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("op", "variant"), PLAIN, ids=PLAIN_IDS)
+def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> None:
+    """One element of each input in turn. Outputs as in the reference, to the element and the sign of infinity.
+
+    Gradients may say NaN for infinity, and in the whole row: what is hidden there is not known in backward.
+    """
+    if op == "attention" or (op == "gelu" and variant.backend == "torch"):
+        pytest.skip("PyTorch's own: NaN for gelu(inf), and what it likes behind a mask")
+    variant.enter()
+    spec = registry.get(op)
+    for case in forms(op):
+        dtype = torch.bfloat16 if case.mixed else torch.float32
+        made = problem(spec, case, dtype)
+        if not supported(spec, variant.backend, made.inputs):
+            continue
+        for leaf in made.leaves:
+            poisoned = made.inputs[leaf].clone()
+            poisoned.view(-1)[poisoned.numel() // 2] = value
+            inputs = {**made.inputs, leaf: poisoned}
+            expected = results(made, spec.reference, inputs, made.output_grads)
+            got = results(made, _on(spec, variant.backend), inputs, made.output_grads)
+            for name, reference in expected.items():
+                place = f"{case.name} {leaf} -> {name}"
+                if name in made.output_grads:
+                    assert torch.equal(got[name].isnan(), reference.isnan()), place
+                    infinite = reference.isinf()
+                    assert torch.equal(got[name][infinite], reference[infinite]), place
+                else:
+                    lost, expected_lost = ~got[name].isfinite(), ~reference.isfinite()
+                    assert bool(lost[expected_lost].all()), place
+                    assert not bool(lost[~expected_lost.any(-1, keepdim=True).expand(lost.shape)].any()), place
+
+
+@pytest.mark.parametrize(("op", "variant"), PLAIN, ids=PLAIN_IDS)
+def test_an_incoming_gradient_of_nan_stays_in_its_row(op: str, variant: Variant) -> None:
+    variant.enter()
+    spec = registry.get(op)
+    made = problem(spec, forms(op)[0], torch.float32)
+    grads = {name: dy.clone() for name, dy in made.output_grads.items()}
+    for dy in grads.values():
+        dy[0].fill_(torch.nan)
+    got = results(made, _on(spec, variant.backend), made.inputs, grads)
+    expected = results(made, spec.reference, made.inputs, grads)
+    for name in expected:
+        assert torch.equal(got[name].isnan(), expected[name].isnan()), name
+
+
+def _shapes(op: str) -> st.SearchStrategy[Case]:
+    size = st.integers(0, 70)
+    if op == "attention":
+        small = st.integers(0, 20)
+        return st.builds(
+            lambda b, h, q, k, d, causal: Case((b, h, q, k, d), {"causal": causal}),
+            st.integers(0, 2), st.integers(1, 3), small, st.integers(1, 20), st.integers(1, 17), st.booleans(),
+        )  # fmt: skip
+    shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size), st.tuples(size))
+    options: st.SearchStrategy[dict[str, Any]]
+    if op == "layer_norm":
+        options = st.fixed_dictionaries({"weight": st.booleans(), "bias": st.booleans(), "residual": st.booleans()})
+    elif op == "gelu":
+        options = st.fixed_dictionaries({"bias": st.booleans(), "approximate": st.sampled_from(["none", "tanh"])})
+    elif op == "softmax":
+        shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size))
+        options = st.fixed_dictionaries(
+            {"causal": st.booleans(), "scale": st.sampled_from([1.0, -0.5])},
+            optional={"mask": st.sampled_from(["bool", "same", "fp32"]), "dropout": st.just(0.25)},
+        )
+    else:
+        options = st.just({})  # an op without a line of its own here still gets its shapes
+    return st.builds(Case, shape, options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_shape(op: str) -> None:
+    """Odd widths, sizes of zero and one, on the first backend in order."""
+    spec = registry.get(op)
+
+    @settings(
+        max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(_shapes(op), st.sampled_from(["fp32", "bf16", "fp16"]))
+    def run(case: Case, dtype: str) -> None:
+        report = check(op, backend=spec.orders["cpu"], dtypes=[dtype], cases=[case])
+        assert not report.failures, report
+
+    run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in OPS if "cpu" in backends(op)])
+def test_more_than_2_to_the_31_elements(op: str) -> None:
+    """Offsets of rows are 64 bits wide: the last rows of a huge tensor are as they are alone."""
+    columns, rows = 1024, 2**21 + 8
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 5 * rows * columns * 2:
+        pytest.skip(f"needs 21 GB of free memory, here are {free / 1e9:.0f}")
+    function = _on(registry.get(op), "cpu")
+    tail, dy_tail = torch.randn(2, 8, columns, dtype=torch.bfloat16)
+    alone = tail.clone().requires_grad_()
+    y_alone = as_tuple(function(x=alone))[0]
+    (dx_alone,) = torch.autograd.grad(y_alone, alone, dy_tail)
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    x[-8:] = tail
+    y = as_tuple(function(x=x.requires_grad_()))[0]
+    assert same_bits(y[-8:], y_alone)
+    dy = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    dy[-8:] = dy_tail
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert same_bits(dx[-8:], dx_alone)
+
+
+def _on(spec: OpSpec, backend: str) -> Any:
+    def run(**inputs: Any) -> Any:
+        return spec.function(**inputs, backend=backend)
+
+    return run
