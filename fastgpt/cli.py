@@ -73,13 +73,12 @@ def train(
     from fastgpt.models.gpt import GPT, GPTConfig
     from fastgpt.train import checkpoint, data, loop, plot
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a directory or nothing, got a file")
     config = loop.TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, min_lr=lr / 10, warmup=warmup,
         weight_decay=weight_decay, clip=clip, bf16=bf16, seed=seed, log_every=log_every, eval_every=eval_every,
     )  # fmt: skip
-    where = _device(device)
+    where, backends = _device(device), _backends(backend)
+    checkpoint.check_can_save(out)
     corpus = data.make_corpus(
         data.read_text(text),
         tokenizer=tokenizer,
@@ -91,7 +90,7 @@ def train(
     model = GPT(
         GPTConfig(
             corpus.tokenizer.vocab_size, embedding_dim, num_heads, num_layers, seq_length,
-            positions=positions, dropout=dropout, backend=_backends(backend),
+            positions=positions, dropout=dropout, backend=backends,
         )
     )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
@@ -177,17 +176,17 @@ def generate(
         if not text.endswith("\ufffd"):  # a character of several bytes is still under way
             print(text[shown:], end="", flush=True)
             shown = len(text)
-    print()
+    print() if shown else print(prompt)
     return 0
 
 
-def demo(out: Path = Path("demo-out"), steps: int = 300, minutes: float = 4.5, seed: int = 0) -> int:
+def demo(out: Path = Path("demo-out"), steps: int = 300, minutes: float = 5.0, seed: int = 0) -> int:
     """Train one small GPT three ways (reference, stock PyTorch, fused) and compare losses and speed.
 
     Args:
         out: Directory for the plot, the results and the trained model.
         steps: Training steps of each of the three.
-        minutes: Stop training when this much time has passed; what follows takes seconds.
+        minutes: Time for the whole; on a slow machine training stops early.
         seed: Of the initial weights and of the order of the text.
     """
     from fastgpt.demo import run_demo
@@ -200,6 +199,7 @@ def check(
     backend: str | None = None,
     dtype: str | None = None,
     implementation: str | None = None,
+    case: str | None = None,
 ) -> int:
     """Prove the kernels against the exact reference; exit code 1 if one misses its error bound.
 
@@ -208,10 +208,18 @@ def check(
         backend: Only this backend.
         dtype: Only this dtype: fp32, bf16 or fp16.
         implementation: Check your own function instead, as module:function (needs --op).
+        case: Only this case, as the lines that repeat a failure name it.
     """
-    from fastgpt.testing.cli import run_check
+    from fastgpt.testing.cli import load, run_check
 
-    return run_check(op, backend, dtype, implementation)
+    if implementation is not None:
+        try:
+            load(implementation)  # run_check finds it loaded
+        except ValueError:
+            raise
+        except (Exception, SystemExit) as error:  # of the user's module: not ours to show a traceback of
+            raise ValueError(f"implementation: {implementation}: {type(error).__name__}: {error}") from error
+    return run_check(op, backend, dtype, implementation, case)
 
 
 def doctor(table: bool = False) -> int:
@@ -264,22 +272,26 @@ def user_error(error: Exception) -> str | None:
         return (
             f"{error.filename}: {error.strerror}" if error.filename and error.strerror else _one_line(error)
         )
+    import torch
+
     from fastgpt._core.dispatch import BackendError
 
-    if isinstance(
-        error, (BackendError, ValueError, TypeError, KeyError, NotImplementedError, FloatingPointError)
-    ):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"not enough memory: {_one_line(error).partition('DefaultCPUAllocator: ')[2] or _one_line(error)}"
+    if isinstance(error, (BackendError, ValueError, TypeError, NotImplementedError, FloatingPointError)):
         return _one_line(error)
     return None
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _backends(names: str | None) -> list[str] | None:
-    return None if names is None else [name.strip() for name in names.split(",")]
+    """The names in --backend; ValueError unless each is a backend."""
+    from fastgpt._core.dispatch import check_backend
+
+    return None if names is None else list(check_backend([name.strip() for name in names.split(",")]))
 
 
 def _device(name: str) -> str:

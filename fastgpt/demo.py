@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt._core.memory import keeps_large_blocks
 from fastgpt.generate import generate
 from fastgpt.models.checkpoint import atomic_files, json_bytes
 from fastgpt.models.gpt import GPT, GPTConfig
@@ -34,6 +35,8 @@ VOCAB_SIZE = 1024
 AGREEMENT = 1e-4  # nats a token, in fp32, at every step
 WARMUP_ROUNDS = 3  # not timed
 COMPILED_EVERY = 5  # rounds
+AFTERWARDS = 6  # rounds' worth of time that evaluating, generating and saving take, with a margin
+PLOT, RESULTS, MODEL = "losses.png", "results.json", "model"
 PROMPT = "The "
 
 
@@ -71,14 +74,14 @@ class Contender:
 
 def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
     """Run it all, print it, write it to `out`; 0 when the losses agree and the model has learned, else 1."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a directory or nothing, got a file")
     if steps <= WARMUP_ROUNDS:
         raise ValueError(f"steps: expected more than {WARMUP_ROUNDS} (that many warm up), got {steps}")
     deadline = time.perf_counter() + 60 * minutes
     config = TrainConfig(
         steps=steps, batch_size=8, lr=1e-3, min_lr=1e-4, warmup=max(1, steps // 10), seed=seed, log_every=20
     )
+    checkpoint.check_can_save(out, (PLOT, RESULTS))
+    checkpoint.check_can_save(out / MODEL)
     corpus = make_corpus(default_corpus(), vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH)
     model_config = GPTConfig(corpus.tokenizer.vocab_size, 256, 4, 4, SEQ_LENGTH)
     fused, paths = make_paths(model_config, config, seed)
@@ -97,8 +100,10 @@ def run_demo(out: Path, steps: int, minutes: float, seed: int) -> int:
     results["text"] = corpus.tokenizer.decode(sampled[0].tolist())
     print(report(results))
     write(out, fused, corpus, paths, results, records)
-    print(f"\nIn {out}: losses.png, results.json, and the trained model in {out / 'model'}. Try:")
-    print(f'  fastgpt generate --model {out / "model"} --prompt "{PROMPT}"')
+    print(f"\nIn {out}: {PLOT}, {RESULTS}, and the trained model in {out / MODEL}. Try:")
+    print(f'  fastgpt generate --model {out / MODEL} --prompt "{PROMPT}"')
+    if keeps_large_blocks():
+        print("Large freed blocks were kept, for every path alike: fastgpt.keep_large_blocks().")
     return 0 if results["agrees"] and results["below_unigram_entropy"] else 1
 
 
@@ -137,8 +142,13 @@ def compiled_path(stock: nn.Module, config: TrainConfig) -> tuple[Contender | No
 def train_interleaved(
     paths: list[Contender], compiled: Contender | None, corpus: Corpus, config: TrainConfig, deadline: float
 ) -> list[Record]:
-    """Every path takes step n before any takes step n + 1; who goes first changes from round to round."""
+    """Every path takes step n before any takes step n + 1; who goes first changes from round to round.
+
+    Stops early enough for what follows to end by the deadline too, however slow the machine is.
+    """
     from tqdm import tqdm
+
+    start = time.perf_counter()
 
     source = batches(corpus.train, config.batch_size, SEQ_LENGTH, config.seed)
     records: list[Record] = []
@@ -151,7 +161,9 @@ def train_interleaved(
             for i in range(len(turn)):
                 turn[(i + step) % len(turn)].step(batch, step, config)
             bar.update()
-            late = step > WARMUP_ROUNDS and time.perf_counter() > deadline
+            now = time.perf_counter()
+            late = step > WARMUP_ROUNDS and now + AFTERWARDS * (now - start) / (step + 1) > deadline
+            late = late and step + 1 < config.steps
             if step == 0 or (step + 1) % config.log_every == 0 or step + 1 == config.steps or late:
                 losses = {path.name: path.losses[-1] for path in paths}
                 spread = max(losses.values()) - min(losses.values())
@@ -253,7 +265,7 @@ def write(
     title = f"one GPT, three paths; largest difference {results['largest_difference']:.1e}"
     image = loss_plot(curves, title, ("unigram entropy", results["unigram_entropy"]))
     training = {"text": ["pydoc_data.topics"], "seq_length": SEQ_LENGTH, **results["training"]}
-    checkpoint.save(str(out / "model"), fused, corpus.tokenizer, training, records)
+    checkpoint.save(str(out / MODEL), fused, corpus.tokenizer, training, records)
     with atomic_files(out) as put:
-        put("losses.png", image)
-        put("results.json", json_bytes(results))
+        put(PLOT, image)
+        put(RESULTS, json_bytes(results))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgpt.models.gpt import GPT
+from fastgpt.models.gpt import GPT, check_ids
+from fastgpt.nn import evaluating
 
 
 def generate(
@@ -21,7 +22,7 @@ def generate(
     seed: int | None = None,
     stop_token: int | None = None,
 ) -> Tensor:
-    """The tokens [B, T] and up to `max_new_tokens` more, int64 [B, T + n].
+    """The tokens [B, T], int64 or int32, and up to `max_new_tokens` more, int64 [B, T + n].
 
     The model sees the last `max_seq_length` tokens. `temperature` 0 takes the likeliest token. With `seed`
     the same call gives the same tokens; without it torch's own generator is drawn from. Generation ends
@@ -54,6 +55,7 @@ def stream(
     stop_token: int | None = None,
 ) -> Iterator[Tensor]:
     """As `generate`, one int64 [B] at a time, as soon as it is drawn. The arguments are checked at once."""
+    check_ids("tokens", tokens, model.config.vocab_size, next(model.parameters()).device)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens: expected shape [B, T] with T >= 1, got {tuple(tokens.shape)}")
     if max_new_tokens < 0:
@@ -66,6 +68,8 @@ def stream(
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
         raise ValueError(f"stop_token: expected an id in [0, {model.config.vocab_size}), got {stop_token}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {seed}")
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
     return _stream(model, tokens.long(), max_new_tokens, temperature, top_k, top_p, generator, stop_token)
 
@@ -96,11 +100,8 @@ def _stream(
 
 @torch.no_grad()  # around one step: held across a yield it would reach into the caller's code
 def _last_logits(model: GPT, tokens: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    logits = model(tokens)[:, -1].float()  # [B, V]
-    if was_training:
-        model.train()
+    with evaluating(model):
+        logits = model(tokens)[:, -1].float()  # [B, V]
     if model.config.pad_idx is not None:
         logits[:, model.config.pad_idx] = -torch.inf  # padding is never text
     return logits
@@ -116,6 +117,9 @@ def sample(
     """One token a row from logits [B, V]: top-k first, then top-p of what is left."""
     if temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them overflow to +inf
+    fp32 = torch.finfo(torch.float32)
+    temperature = min(max(temperature, fp32.tiny), fp32.max)
     scores, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         scores[:, top_k:] = -torch.inf

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def _probability(name: str, value: float) -> float:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
     return float(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module is in the mode it was in, whatever happened."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class LayerNorm(nn.Module):
@@ -140,6 +153,8 @@ class MLP(nn.Module):
         self.activation, self.backend = activation, backend
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.c_fc.in_features,):
+            raise ValueError(f"x: expected a last dimension of {self.c_fc.in_features}, got {tuple(x.shape)}")
         h = F.linear(x, self.c_fc.weight)
         # Under autocast h is bf16, and so is the bias that nn.Linear would add.
         bias = None if self.c_fc.bias is None else self.c_fc.bias.to(h.dtype)
@@ -172,6 +187,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
+            raise ValueError(f"x: expected [B, T, {self.c_attn.in_features}], got {tuple(x.shape)}")
         batch, length, dim = x.shape
         # Split before the heads: backward then joins the three gradients in one copy.
         q, k, v = (

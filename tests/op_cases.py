@@ -1,4 +1,4 @@
-"""What the generated tests run over: the registry's ops and cases, and every backend and SIMD level of this machine."""
+"""What the generated tests run over: the registry's ops and cases, the backends and SIMD levels of this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import fastgpt.ops  # noqa: F401  (registers the ops)
 import fastgpt_kernels
 import torch
+
+import fastgpt.ops  # noqa: F401  (registers the ops)
 from fastgpt._core import library, registry
 from fastgpt._core.spec import BACKENDS, Case, OpSpec
 from fastgpt.testing.inputs import DTYPE_NAMES, Problem, dtypes_of, problem
@@ -47,11 +48,13 @@ def variants(op: str) -> list[Variant]:
 def backends(op: str) -> list[str]:
     """The backends that have a module for `op` and run on CPU tensors."""
     modules = {name: registry.module(op, name) for name in BACKENDS}
-    return [name for name in BACKENDS if isinstance(modules[name], ModuleType) and registry.runs_on(name, "cpu")]
+    return [
+        name for name in BACKENDS if isinstance(modules[name], ModuleType) and registry.runs_on(name, "cpu")
+    ]
 
 
 def matrix() -> Iterator[tuple[str, OpSpec, Variant, torch.dtype, Case]]:
-    """(test id, ...) of every op, dtype, case and variant; the variants of a case together: they share its problem."""
+    """(test id, ...) for everything; the variants of a case come one after the other, to share its problem."""
     for spec in registry.ops():
         for case in spec.cases:
             for dtype in dtypes_of(case):
@@ -65,9 +68,11 @@ def forms(op: str, *, largest: bool = False) -> list[Case]:
     found: dict[tuple[Any, ...], Case] = {}
     sign = -1 if largest else 1
     for case in registry.get(op).cases:
-        key = tuple((name, value if isinstance(value, (bool, str)) else None) for name, value in case.options.items())
+        key = tuple(
+            (name, value if isinstance(value, (bool, str)) else None) for name, value in case.options.items()
+        )
         size = math.prod(case.shape)
-        if 1 < size and (key not in found or sign * size < sign * math.prod(found[key].shape)):
+        if size > 1 and (key not in found or sign * size < sign * math.prod(found[key].shape)):
             found[key] = case
     return list(found.values())
 

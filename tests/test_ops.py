@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_cases import OPS, Variant, backends, forms, matrix, recorded, supported, variants
+
 from fastgpt._core import registry
 from fastgpt._core.dispatch import BackendError
 from fastgpt._core.spec import Case, OpSpec
@@ -17,16 +21,15 @@ from fastgpt.testing import check
 from fastgpt.testing.cli import repro
 from fastgpt.testing.inputs import as_tuple, problem, results
 from fastgpt.testing.memory import same_bits
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from op_cases import OPS, Variant, backends, forms, matrix, recorded, supported, variants
 
 MATRIX = list(matrix())
 PLAIN = [(op, variant) for op in OPS for variant in variants(op)]
 PLAIN_IDS = [f"{op}-{variant.name}" for op, variant in PLAIN]
 
 
-@pytest.mark.parametrize(("spec", "variant", "dtype", "case"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX])
+@pytest.mark.parametrize(
+    ("spec", "variant", "dtype", "case"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX]
+)
 def test_case(spec: OpSpec, variant: Variant, dtype: torch.dtype, case: Case) -> None:
     variant.enter()
     report = check(spec.name, backend=variant.backend, dtypes=[dtype], cases=[case])
@@ -34,7 +37,9 @@ def test_case(spec: OpSpec, variant: Variant, dtype: torch.dtype, case: Case) ->
         assert variant.backend == "torch", report
         pytest.skip(report.skipped[0][2])
     if not report.ok:
-        pytest.fail(f"{report}\n" + "\n".join({repro(report, failure) for failure in report.failures}), pytrace=False)
+        pytest.fail(
+            f"{report}\n" + "\n".join({repro(report, failure) for failure in report.failures}), pytrace=False
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -122,7 +127,9 @@ def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> 
                 else:
                     lost, expected_lost = ~got[name].isfinite(), ~reference.isfinite()
                     assert bool(lost[expected_lost].all()), place
-                    assert not bool(lost[~expected_lost.any(-1, keepdim=True).expand(lost.shape)].any()), place
+                    assert not bool(lost[~expected_lost.any(-1, keepdim=True).expand(lost.shape)].any()), (
+                        place
+                    )
 
 
 @pytest.mark.parametrize(("op", "variant"), PLAIN, ids=PLAIN_IDS)
@@ -147,12 +154,18 @@ def _shapes(op: str) -> st.SearchStrategy[Case]:
             lambda b, h, q, k, d, causal: Case((b, h, q, k, d), {"causal": causal}),
             st.integers(0, 2), st.integers(1, 3), small, st.integers(1, 20), st.integers(1, 17), st.booleans(),
         )  # fmt: skip
-    shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size), st.tuples(size))
+    shape = st.one_of(
+        st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size), st.tuples(size)
+    )
     options: st.SearchStrategy[dict[str, Any]]
     if op == "layer_norm":
-        options = st.fixed_dictionaries({"weight": st.booleans(), "bias": st.booleans(), "residual": st.booleans()})
+        options = st.fixed_dictionaries(
+            {"weight": st.booleans(), "bias": st.booleans(), "residual": st.booleans()}
+        )
     elif op == "gelu":
-        options = st.fixed_dictionaries({"bias": st.booleans(), "approximate": st.sampled_from(["none", "tanh"])})
+        options = st.fixed_dictionaries(
+            {"bias": st.booleans(), "approximate": st.sampled_from(["none", "tanh"])}
+        )
     elif op == "softmax":
         shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size))
         options = st.fixed_dictionaries(
@@ -170,7 +183,11 @@ def test_any_shape(op: str) -> None:
     spec = registry.get(op)
 
     @settings(
-        max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(_shapes(op), st.sampled_from(["fp32", "bf16", "fp16"]))
     def run(case: Case, dtype: str) -> None:

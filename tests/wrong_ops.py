@@ -1,207 +1,375 @@
-"""Honest implementations of three ops in small replaceable parts, for test_harness.py to break one part at a time."""
+"""Deliberately wrong implementations, each a single mistake that somebody has made, and the hazard that names it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastgpt.reference.philox import keep_mask
+from honest_ops import GELU, LayerNorm, Softmax
 from torch import Tensor
 
+from fastgpt.reference.philox import keep_mask
 
-class LayerNorm:
-    """y, stream and the gradients, in fp32 from inputs of any dtype."""
+# --- LayerNorm
 
-    def stream(self, x: Tensor, residual: Tensor) -> Tensor:
-        return (x.float() + residual.float()).to(residual.dtype)
 
-    def mean(self, s: Tensor) -> Tensor:
-        return s.mean(-1, keepdim=True)
-
-    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
-        return (s - mean).square().mean(-1, keepdim=True)
-
-    def rstd(self, variance: Tensor, eps: float) -> Tensor:
-        return (variance + eps).rsqrt()
-
+class DroppedTailColumn(LayerNorm):
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """The output from its fp32 values."""
+        y[..., y.shape[-1] // 4 * 4 :] = 0.0
         return y.to(x.dtype)
 
-    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
-        """(y, stream or None, what is normalised, mean, rstd)."""
-        stream = None if residual is None else self.stream(x, residual)
-        s = x if stream is None else stream
-        mean = self.mean(s.float())
-        rstd = self.rstd(self.variance(s.float(), mean), eps)
-        y = (s.float() - mean) * rstd
-        y = y if w is None else y * w.float()
-        y = y if b is None else y + b.float()
-        return self.finish(y, x), stream, s, mean, rstd
 
-    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-        return rstd * (wdy - wdy.mean(-1, keepdim=True) - xhat * (wdy * xhat).mean(-1, keepdim=True))
+class PaddingPollutesVariance(LayerNorm):
+    """Padded to a power of two, and not masked again after centring."""
 
-    def with_stream(self, ds: Tensor, dstream: Tensor) -> Tensor:
-        return ds + dstream.float()
+    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
+        n = s.shape[-1]
+        padded = 2 ** math.ceil(math.log2(n))
+        return super().variance(s, mean) + (padded - n) / n * mean.square()
 
-    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
-        return (dy * xhat).sum_to_size(dy.shape[-1:])
 
+class VarianceFromSquares(LayerNorm):
+    """mean(x**2) - mean(x)**2: cancels where the mean is large."""
+
+    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
+        return (s.square().mean(-1, keepdim=True) - mean.square()).clamp(min=0.0)
+
+
+class StatisticsInBF16(LayerNorm):
+    def mean(self, s: Tensor) -> Tensor:
+        return super().mean(s).bfloat16().float()
+
+    def rstd(self, variance: Tensor, eps: float) -> Tensor:
+        return super().rstd(variance, eps).bfloat16().float()
+
+
+class UnbiasedVariance(LayerNorm):
+    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
+        return super().variance(s, mean) * (s.shape[-1] / (s.shape[-1] - 1))
+
+
+class EpsOutsideTheRoot(LayerNorm):
+    def rstd(self, variance: Tensor, eps: float) -> Tensor:
+        return 1.0 / (variance.sqrt() + eps)
+
+
+class DbScaled(LayerNorm):
     def db(self, dy: Tensor) -> Tensor:
-        return dy.sum_to_size(dy.shape[-1:])
+        return super().db(dy) * 1.02
+
+
+class DxScaled(LayerNorm):
+    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
+        return super().dx(wdy, xhat, rstd) * 1.05
+
+
+class ScaledByTheFirstGradient(LayerNorm):
+    def incoming(self, dy: Tensor) -> Tensor:
+        return dy * dy.flatten()[0]
+
+
+class DwMissesARow(LayerNorm):
+    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
+        return (dy * xhat).flatten(0, -2)[:-1].sum(0)
+
+
+class DwAccumulatedInBF16(LayerNorm):
+    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
+        total = torch.zeros(dy.shape[-1], dtype=torch.bfloat16)
+        for row in (dy * xhat).flatten(0, -2):
+            total += row.bfloat16()
+        return total.float()
+
+
+class DxWithoutItsMean(LayerNorm):
+    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
+        return rstd * (wdy - xhat * (wdy * xhat).mean(-1, keepdim=True))
+
+
+class InputMutated(LayerNorm):
+    """The sum is written over the residual."""
+
+    def stream(self, x: Tensor, residual: Tensor) -> Tensor:
+        total = super().stream(x, residual)
+        residual.copy_(total)
+        return total
+
+
+class GradientMutated(LayerNorm):
+    def incoming(self, dy: Tensor) -> Tensor:
+        found = dy.clone()
+        if dy.is_contiguous():
+            dy.zero_()
+        return found
+
+
+class UnwrittenRow(LayerNorm):
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out[:-1] = y[:-1]
+        return out
+
+
+class Cached(LayerNorm):
+    """Results kept by address and shape."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
+        key = x.data_ptr(), x.shape
+        if key not in self.known:
+            self.known[key] = super().forward(x, w, b, eps, residual)
+        return tuple(None if t is None else t.clone() for t in self.known[key])
+
+
+class StreamIsTheResidual(LayerNorm):
+    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
+        y, stream, *saved = super().forward(x, w, b, eps, residual)
+        return y, None if stream is None else residual.clone(), *saved
+
+
+class StreamGradientDropped(LayerNorm):
+    def with_stream(self, ds: Tensor, dstream: Tensor) -> Tensor:
+        return ds
+
+
+class ResidualAfterTheNorm(LayerNorm):
+    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
+        y, stream, *saved = super().forward(x, w, b, eps, residual)
+        return super().forward(x, w, b, eps, None)[0] if stream is not None else y, stream, *saved
+
+
+class OutputsShareMemory(LayerNorm):
+    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
+        y, stream, s, *saved = super().forward(x, w, b, eps, residual)
+        if stream is None:
+            return y, stream, s, *saved
+        both = torch.stack([y, stream])
+        return both[0], both[1], s.clone(), *saved
+
+
+class OutputIsTheInput(LayerNorm):
+    """Written into the input's memory, as an in-place kernel would."""
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        return x.detach().copy_(y)
+
+
+class WiderOutput(LayerNorm):
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.double()
+
+
+class StochasticRounding(LayerNorm):
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        noise = (torch.rand_like(y) - 0.5) * 2.0 ** (-23 if x.dtype == torch.float32 else -7)
+        return (y * (1.0 + noise)).to(x.dtype)
+
+
+class GradientReadAsContiguous(LayerNorm):
+    def incoming(self, dy: Tensor) -> Tensor:
+        strides = [math.prod(dy.shape[d + 1 :]) for d in range(dy.dim())]
+        return dy.as_strided(dy.shape, strides, dy.storage_offset()) if dy.stride(-1) else dy
+
+
+class ExpandedGradientTakenForOneRow(LayerNorm):
+    def __init__(self) -> None:
+        self.one_row = False
 
     def incoming(self, dy: Tensor) -> Tensor:
+        self.one_row = dy.dim() > 1 and dy.stride(0) == 0
         return dy
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-        *,
-        residual: Tensor | None = None,
-    ) -> Any:
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor, w: Any, b: Any, residual: Any) -> Any:
-                y, stream, *saved = self.forward(x, w, b, eps, residual)
-                ctx.save_for_backward(w, b, *saved)
-                ctx.x_dtype = x.dtype
-                return y if residual is None else (y, stream)
-
-            @staticmethod
-            def backward(ctx: Any, dy: Tensor, dstream: Any = None) -> Any:
-                w, b, s, mean, rstd = ctx.saved_tensors
-                g = self.incoming(dy).float()
-                xhat = (s.float() - mean) * rstd
-                ds = self.dx(g if w is None else g * w.float(), xhat, rstd)
-                if dstream is not None:
-                    ds = self.with_stream(ds, dstream)
-                dw = None if w is None else self.dw(g, xhat).to(w.dtype)
-                db = None if b is None else self.db(g).to(b.dtype)
-                return ds.to(ctx.x_dtype), dw, db, None if dstream is None else ds.to(s.dtype)
-
-        return Function.apply(x, weight, bias, residual)
+    def db(self, dy: Tensor) -> Tensor:
+        return dy[0].clone() if self.one_row else super().db(dy)
 
 
-class GELU:
-    """y = z * gate(z), z = x + bias."""
+class WrittenPastTheEnd(LayerNorm):
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        x.as_strided((1,), (1,), x.storage_offset() + x.numel()).zero_()
+        return super().finish(y, x)
 
+
+class OneDimensionMore(LayerNorm):
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        return super().finish(y, x).unsqueeze(0)
+
+
+class SavedTensorsFreed(LayerNorm):
+    """One backward and no more."""
+
+    def incoming(self, dy: Tensor) -> Tensor:
+        if self.used:
+            raise RuntimeError("the graph is gone")
+        self.used = True
+        return dy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.used = False
+        return super().__call__(*args, **kwargs)
+
+
+class OtherPathWithoutGradient(LayerNorm):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        found = super().__call__(*args, **kwargs)
+        return found * 1.01 if isinstance(found, Tensor) else tuple(t * 1.01 for t in found)
+
+
+class RowLeak(LayerNorm):
+    """A NaN in the last row reaches the first one; no error bound would show it."""
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        y = y.to(x.dtype)
+        y[0] += y[-1] * 0.0
+        return y
+
+
+# --- GELU
+
+
+class TanhForErf(GELU):
     def gate(self, z: Tensor, approximate: str) -> Tensor:
-        if approximate == "tanh":
-            return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
-        return 0.5 * torch.erfc(-z * math.sqrt(0.5))
+        return super().gate(z, "tanh")
 
-    def slope(self, z: Tensor, approximate: str) -> Tensor:
-        if approximate == "tanh":
-            t = torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
-            inner = math.sqrt(2.0 / math.pi) * (1.0 + 3.0 * 0.044715 * z * z)
-            return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
-        return self.gate(z, approximate) + z * self.bell(z)
 
+class ErfForTanh(GELU):
+    def gate(self, z: Tensor, approximate: str) -> Tensor:
+        return super().gate(z, "none")
+
+
+class SigmoidGate(GELU):
+    def gate(self, z: Tensor, approximate: str) -> Tensor:
+        return torch.sigmoid(1.702 * z)
+
+
+class GateInBF16(GELU):
+    def gate(self, z: Tensor, approximate: str) -> Tensor:
+        return super().gate(z, approximate).bfloat16().float()
+
+
+class TailCutOff(GELU):
+    def gate(self, z: Tensor, approximate: str) -> Tensor:
+        return super().gate(z, approximate).masked_fill(z < -4.0, 0.0)
+
+
+class SlopeWithoutTheBell(GELU):
     def bell(self, z: Tensor) -> Tensor:
-        return torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+        return torch.zeros_like(z)
 
+
+class BiasForgottenInBackward(GELU):
     def backward_sum(self, x: Tensor, bias: Tensor) -> Tensor:
-        return x.float() + bias.float()
+        return x.float()
 
+
+class DbiasAveraged(GELU):
     def dbias(self, dz: Tensor) -> Tensor:
-        return dz.sum_to_size(dz.shape[-1:])
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor, bias: Any) -> Tensor:
-                ctx.save_for_backward(x, bias)
-                z = x.float() if bias is None else x.float() + bias.float()
-                return (z * self.gate(z, approximate)).to(x.dtype)
-
-            @staticmethod
-            def backward(ctx: Any, dy: Tensor) -> Any:
-                x, bias = ctx.saved_tensors
-                z = x.float() if bias is None else self.backward_sum(x, bias)
-                dz = dy.float() * self.slope(z, approximate)
-                return dz.to(x.dtype), None if bias is None else self.dbias(dz).to(bias.dtype)
-
-        return Function.apply(x, bias)
+        return dz.flatten(0, -2).mean(0)
 
 
-class Softmax:
-    """The attention softmax."""
+# --- softmax
 
+
+class FutureTokenLeaks(Softmax):
     def triangle(self, queries: int, keys: int) -> Tensor:
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)
+
+
+class CausalTopLeft(Softmax):
+    def triangle(self, queries: int, keys: int) -> Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+class HiddenElementsLookedAt(Softmax):
+    """Hidden by adding a large negative number: a NaN there shows."""
 
     def hide(self, s: Tensor, seen: Tensor) -> Tensor:
-        return s.masked_fill(~seen, -torch.inf)
+        return s - 1e30 * (~seen).float()
 
+
+class NoMaximum(Softmax):
     def normalise(self, s: Tensor) -> Tensor:
-        return torch.softmax(s, -1)
+        return s.exp() / s.exp().sum(-1, keepdim=True)
 
+
+class ProbabilitiesInBF16(Softmax):
+    def normalise(self, s: Tensor) -> Tensor:
+        e = (s - s.amax(-1, keepdim=True)).exp().bfloat16()
+        return (e / e.sum(-1, keepdim=True)).float()
+
+
+class EmptyRowsNaN(Softmax):
     def empty_rows(self, p: Tensor, seen: Tensor) -> Tensor:
-        return p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        return p
 
-    def keep(self, shape: torch.Size, dropout_p: float, rng: Tensor) -> Tensor:
-        return keep_mask(shape, dropout_p, rng)
 
-    def keep_in_backward(self, shape: torch.Size, dropout_p: float, rng: Tensor) -> Tensor:
-        return self.keep(shape, dropout_p, rng)
+class EmptyRowsUniform(Softmax):
+    def empty_rows(self, p: Tensor, seen: Tensor) -> Tensor:
+        return p.masked_fill(~seen.any(-1, keepdim=True), 1.0 / p.shape[-1])
 
-    def rescale(self, kept: Tensor, dropout_p: float) -> Tensor:
-        return kept / (1.0 - dropout_p)
 
-    def ds(self, p: Tensor, g: Tensor) -> Tensor:
-        return p * (g - (p * g).sum(-1, keepdim=True))
-
+class ScaleForgottenInTheGradient(Softmax):
     def dx(self, ds: Tensor, scale: float) -> Tensor:
-        return ds * scale
+        return ds
 
+
+class GradientWithoutItsSum(Softmax):
+    def ds(self, p: Tensor, g: Tensor) -> Tensor:
+        return p * g
+
+
+class MaskGradientOfTheFirstHead(Softmax):
     def dmask(self, ds: Tensor, shape: torch.Size) -> Tensor:
-        return ds.sum_to_size(shape)
+        for d, size in enumerate(shape):
+            ds = ds.narrow(d, 0, size)
+        return ds
 
-    def probabilities(self, x: Tensor, scale: float, mask: Any, causal: bool) -> Tensor:
-        s = x.float() * scale
-        seen = None
-        if mask is not None and mask.dtype == torch.bool:
-            seen = mask.expand(x.shape)
-        elif mask is not None:
-            s = s + mask.float()
-        if causal:
-            triangle = self.triangle(*x.shape[-2:])
-            seen = triangle.expand(x.shape) if seen is None else seen & triangle
-        if seen is None:
-            return self.normalise(s)
-        return self.empty_rows(self.normalise(self.hide(s, seen)), seen)
 
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        scale: float = 1.0,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        dropout_p: float = 0.0,
-        rng: Tensor | None = None,
-    ) -> Tensor:
-        def drop(t: Tensor, keep: Callable[..., Tensor]) -> Tensor:
-            return self.rescale(torch.where(keep(x.shape, dropout_p, rng), t, 0.0), dropout_p) if dropout_p else t
+class MaskGradientAveraged(Softmax):
+    def dmask(self, ds: Tensor, shape: torch.Size) -> Tensor:
+        return super().dmask(ds, shape) * (math.prod(shape) / ds.numel())
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor, mask: Any) -> Tensor:
-                p = self.probabilities(x, scale, mask, causal)
-                ctx.save_for_backward(p, mask)
-                return drop(p, self.keep).to(x.dtype)
 
-            @staticmethod
-            def backward(ctx: Any, dy: Tensor) -> Any:
-                p, mask = ctx.saved_tensors
-                ds = self.ds(p, drop(dy.float(), self.keep_in_backward))
-                needs = ctx.needs_input_grad[1]
-                return self.dx(ds, scale).to(x.dtype), self.dmask(ds, mask.shape).to(mask.dtype) if needs else None
+class DropoutWithoutRescaling(Softmax):
+    def rescale(self, kept: Tensor, dropout_p: float) -> Tensor:
+        return kept
 
-        return Function.apply(x, mask)
+
+class OtherDropoutInBackward(Softmax):
+    def keep_in_backward(self, shape: torch.Size, dropout_p: float, rng: Tensor) -> Tensor:
+        return keep_mask(shape, dropout_p, rng + 1)
+
+
+class PhiloxOffsetIgnored(Softmax):
+    def keep(self, shape: torch.Size, dropout_p: float, rng: Tensor) -> Tensor:
+        return keep_mask(shape, dropout_p, rng * torch.tensor([1, 0]))
+
+
+class PhiloxCountsColumnsOnly(Softmax):
+    def keep(self, shape: torch.Size, dropout_p: float, rng: Tensor) -> Tensor:
+        return keep_mask(shape[-1:], dropout_p, rng).expand(shape)
+
+
+FAULTS = {
+    DroppedTailColumn: "bound", PaddingPollutesVariance: "bound", VarianceFromSquares: "bound",
+    StatisticsInBF16: "bound", UnbiasedVariance: "bound", EpsOutsideTheRoot: "bound", DbScaled: "bound",
+    DxScaled: "bound", ScaledByTheFirstGradient: "bound", DwMissesARow: "bound", DwAccumulatedInBF16: "bound",
+    DxWithoutItsMean: "bound", InputMutated: "input mutated", GradientMutated: "input mutated",
+    UnwrittenRow: "not written", Cached: "stale", StreamIsTheResidual: "bound", StreamGradientDropped: "bound",
+    ResidualAfterTheNorm: "bound", OutputsShareMemory: "alias", OutputIsTheInput: "alias", WiderOutput: "dtype",
+    StochasticRounding: "not repeatable", GradientReadAsContiguous: "layout",
+    ExpandedGradientTakenForOneRow: "expanded gradient", RowLeak: "leak",
+    WrittenPastTheEnd: "out of bounds", OneDimensionMore: "shape", SavedTensorsFreed: "raised",
+    OtherPathWithoutGradient: "no-grad differs",
+    TanhForErf: "bound", ErfForTanh: "bound", SigmoidGate: "bound", GateInBF16: "bound", TailCutOff: "bound",
+    SlopeWithoutTheBell: "bound", BiasForgottenInBackward: "bound", DbiasAveraged: "bound",
+    FutureTokenLeaks: "leak", CausalTopLeft: "bound", HiddenElementsLookedAt: "leak", NoMaximum: "not written",
+    ProbabilitiesInBF16: "bound", EmptyRowsNaN: "not written", EmptyRowsUniform: "bound",
+    ScaleForgottenInTheGradient: "bound", GradientWithoutItsSum: "bound", MaskGradientOfTheFirstHead: "bound",
+    MaskGradientAveraged: "bound", DropoutWithoutRescaling: "bound", OtherDropoutInBackward: "bound",
+    PhiloxOffsetIgnored: "bound", PhiloxCountsColumnsOnly: "bound",
+}  # fmt: skip

@@ -10,16 +10,26 @@ namespace fg::FG_LEVEL {
 namespace {
 
 template <class T, int A>
+FG_INLINE F activation(F z) {
+  if constexpr (sizeof(T) == 2 && A == kErf) return gelu_erf_16bit(z);
+  return gelu<A>(z);
+}
+
+constexpr int kAhead = 1024;  // elements to prefetch: a page or half, where the hardware's prefetching stops
+
+template <class T, int A>
 void forward_range(const T* x, const T* bias, T* y, int64_t count) {
   if (bias == nullptr) {
     for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      prefetch(x + j + kAhead);
       const F z = load(x + j, lanes);
-      store(y + j, gelu<A>(z), lanes);
+      store(y + j, activation<T, A>(z), lanes);
     });
   } else {
     for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      prefetch(x + j + kAhead);
       const F z = load(x + j, lanes) + load(bias + j, lanes);
-      store(y + j, gelu<A>(z), lanes);
+      store(y + j, activation<T, A>(z), lanes);
     });
   }
 }

@@ -111,6 +111,9 @@ void forward_rows(const Forward& a, const float* w, const float* b, int64_t begi
     for_lanes<2>(a.n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       const F xhat = (load(row + j, lanes) - mean) * rstd - offset;
       store(y + j, fma(xhat, load(w + j, lanes), load(b + j, lanes)), lanes);
+      prefetch(x + a.x_stride + j);
+      if constexpr (HasResidual)
+        prefetch(static_cast<const R*>(a.residual) + (i + 1) * a.residual_stride + j);
     });
   }
 }
@@ -183,6 +186,7 @@ void backward_part(const Backward& a, const float* w, float* sums, int64_t begin
   float *dw = scratch.data, *rows = scratch.data + 2 * n;
   if (!a.need_params) return backward_rows<T, X>(a, w, nullptr, nullptr, rows, begin, end);
   std::memset(sums, 0, static_cast<uint64_t>(2 * n) * sizeof(float));
+  if (end - begin <= kFlushRows) return backward_rows<T, X>(a, w, sums, sums + n, rows, begin, end);
   for (int64_t i = begin; i < end; i += kFlushRows) {
     std::memset(dw, 0, static_cast<uint64_t>(2 * n) * sizeof(float));
     backward_rows<T, X>(a, w, dw, dw + n, rows, i, min_of(i + kFlushRows, end));

@@ -61,6 +61,26 @@ FG_INLINE F gelu(F z) {
   return fma(vmin(g.minus_a, z), g.tail, vmax(set(0.0f), z));
 }
 
+// The same for results of 16 bits, in two thirds of the instructions: Phi(z) = 1/2 + z P(z^2), absolute error
+// 2^-23, as 1 + erf has it in fp32. Beyond the fitted |z| < 5.3 the product grows and is cut off at exactly 0
+// or 1.
+FG_INLINE F gelu_erf_16bit(F z) {
+  constexpr float kMiddle = 5.3f * 5.3f / 2.0f;
+  constexpr float kP[] = {2.44032869e-20f, -9.23915663e-19f, 1.24250055e-17f, -2.61246401e-16f,
+                          1.04956793e-14f, -2.75059625e-13f, 5.83037785e-12f, -1.22304805e-10f,
+                          2.46561127e-09f, -4.62895144e-08f, 8.24405504e-07f, -1.42892204e-05f,
+                          0.000249739707f, -0.00473609846f,  0.133392558f};
+  const F u = vmin(fma(z, z, set(-kMiddle)), set(kMiddle)), u2 = u * u;
+  F even = set(kP[0]), odd = set(kP[1]);  // two chains: one alone is bound by latency
+#pragma GCC unroll 8
+  for (int i = 2; i < 14; i += 2) {
+    even = fma(even, u2, set(kP[i]));
+    odd = fma(odd, u2, set(kP[i + 1]));
+  }
+  const F p = fma(odd, u, fma(even, u2, set(kP[14])));
+  return z * vmin(set(1.0f), vmax(set(0.0f), fma(z, p, set(0.5f))));
+}
+
 template <int A>
 FG_INLINE F gelu_slope(F z) {
   const Tail g = A == kErf ? tail_erf(z) : tail_tanh(z);

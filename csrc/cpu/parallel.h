@@ -14,13 +14,23 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// body(begin, end) over [0, count) in chunks of `chunk`, handed to whichever thread is free.
+// Up to this many elements rows are split as PyTorch splits them, one stretch for each thread: from op to op
+// they stay in that core's cache. Above, they come from memory anyway, and whichever thread is free takes the
+// next.
+constexpr int64_t kCachedElements = 1024 * 1024;
+
+// body(begin, end) over [0, count) in chunks of `chunk`.
 template <class Body>
 inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads,
                             const Body& body) {
   const int64_t chunks = ceil_div(count, chunk);
   const int threads = elements < kParallelElements ? 1 : static_cast<int>(min_of(chunks, num_threads));
   if (threads <= 1) {  // no OpenMP region: entering one costs more than a small tensor
+    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+    return;
+  }
+  if (elements <= kCachedElements) {
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
     return;
   }
@@ -35,10 +45,10 @@ inline int64_t rows_per_chunk(int64_t rows, int64_t cols) {
   return max_of(1, elements / max_of(1, cols));
 }
 
-// Fixed parts for sums over rows: at least 64 rows each, at most 64 parts.
+// Fixed parts for sums over rows: at least 32 rows each, at most 64 parts.
 struct Parts {
   int64_t rows, count, size;
-  explicit Parts(int64_t rows) : rows(rows), count(min_of(64, ceil_div(rows, 64))), size(0) {
+  explicit Parts(int64_t rows) : rows(rows), count(min_of(64, ceil_div(rows, 32))), size(0) {
     if (count > 0) {
       size = ceil_div(rows, count);
       count = ceil_div(rows, size);

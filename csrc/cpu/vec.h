@@ -89,6 +89,12 @@ namespace fg::FG_LEVEL {
 
 FG_INLINE F operator-(F a) { return set(0.0f) - a; }
 
+// Asks for a cache line that a later pass needs, while this one computes; any address is allowed.
+template <class T>
+FG_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 // Lanes beyond a part become `fill`, so that they cannot enter a sum or a maximum.
 FG_INLINE F keep(F x, Full, F) { return x; }
 FG_INLINE F keep(F x, Part part, F fill) { return select(first_lanes(part.n), x, fill); }

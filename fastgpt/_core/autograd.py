@@ -6,10 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want a backward for a call with these tensors."""
+    """Whether autograd has to know of a call with these tensors.
+
+    Inside a dual level it always has: a Function says that it knows no forward mode, a kernel would drop the tangent.
+    """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

@@ -17,7 +17,7 @@ from fastgpt._core.spec import BACKENDS, OpSpec
 # One backend, or several to be tried in that order and no other.
 Backend = str | Sequence[str] | None
 
-STRICT = os.environ.get("FASTGPT_STRICT") == "1"
+STRICT = {"": False, "0": False, "1": True}.get(os.environ.get("FASTGPT_STRICT", ""))
 _ENVIRONMENT: tuple[str, ...] = tuple(
     name.strip() for name in os.environ.get("FASTGPT_BACKEND", "").split(",") if name.strip()
 )
@@ -44,12 +44,19 @@ def use_backend(*names: str) -> Iterator[None]:
     Raises:
         ValueError: a name that is no backend.
     """
-    _check_names(names)
+    check_backend(names)
     previous, _override.names = _override.names, names
     try:
         yield
     finally:
         _override.names = previous
+
+
+def check_environment() -> None:
+    """ValueError if FASTGPT_BACKEND or FASTGPT_STRICT holds what it cannot hold."""
+    _asked(None)
+    if STRICT is None:
+        raise ValueError(f"FASTGPT_STRICT: expected 0 or 1, got {os.environ['FASTGPT_STRICT']!r}")
 
 
 def choose(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) -> str:
@@ -65,7 +72,7 @@ def choose(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) -> str:
         first = spec.rule(*args) if spec.rule is not None else None
         if first is not None and refusal(spec, first, args) is None:
             return first
-        for name, supports in registry.usable(spec.name, args[0].device.type):
+        for name, supports in registry.usable(spec.name, args[0]):
             if supports(*args) is None:
                 if name == "reference":
                     _note_reference(spec, args)
@@ -104,7 +111,9 @@ def explanation(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) ->
     """A line per backend: chosen, able but not first, or why not."""
     asked = _asked(backend)
     tried = asked or order(spec, args)
-    chosen = next((name for name in tried if refusal(spec, name, args) is None), None)
+    forbidden = STRICT and not asked  # a strict automatic choice never takes the reference
+    able = (name for name in tried if not (forbidden and name == "reference"))
+    chosen = next((name for name in able if refusal(spec, name, args) is None), None)
     lines = [f"{spec.name} on {args[0].device}" + (f", asked for: {', '.join(asked)}" if asked else "")]
     for name in (*tried, *(name for name in BACKENDS if name not in tried)):
         reason = refusal(spec, name, args)
@@ -112,6 +121,8 @@ def explanation(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) ->
             verdict = "chosen"
         elif reason is not None:
             verdict = f"no: {reason}"
+        elif forbidden and name == "reference":
+            verdict = "no: FASTGPT_STRICT=1 forbids it"
         else:
             verdict = "could, but comes later" if name in tried else "could, but was not asked for"
         lines.append(f"  {name:<10} {verdict}")
@@ -138,24 +149,29 @@ def backends() -> dict[str, dict[str, str | None]]:
     return table
 
 
-def _asked(backend: Backend) -> tuple[str, ...]:
+def check_backend(backend: Backend, source: str = "backend") -> tuple[str, ...]:
+    """The names in `backend`, none for None; ValueError, naming the `source`, unless each is a backend."""
     if backend is None:
-        return _override.names or _ENVIRONMENT
-    names = (backend,) if isinstance(backend, str) else tuple(backend)
-    _check_names(names)
-    return names
+        return ()
+    names = (backend,) if isinstance(backend, str) else backend
+    if not isinstance(names, (tuple, list)) or not names or any(name not in BACKENDS for name in names):
+        raise ValueError(f"{source}: expected one or several of {', '.join(BACKENDS)}, got {backend!r}")
+    return tuple(names)
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+def _asked(backend: Backend) -> tuple[str, ...]:
+    if backend is not None:
+        return check_backend(backend)
+    if _override.names:
+        return _override.names
+    return check_backend(_ENVIRONMENT, "FASTGPT_BACKEND") if _ENVIRONMENT else ()
 
 
 def _note_reference(spec: OpSpec, args: tuple[Any, ...]) -> None:
     """The slow path is never taken silently: an error under FASTGPT_STRICT=1, else a warning per op and reason."""
     if torch.compiler.is_compiling() and not STRICT:
         return
+    check_environment()
     names = [name for name in order(spec, args) if name != "reference"]
     why = "; ".join(f"{name}: {refusal(spec, name, args)}" for name in names)
     message = f"{spec.name} runs on the slow reference path ({why})"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastgpt._core import registry
-from fastgpt._core.dispatch import backends
+from fastgpt._core.dispatch import backends, check_environment
 from fastgpt._core.memory import keeps_large_blocks
 from fastgpt._core.spec import BACKENDS
 
@@ -19,7 +19,8 @@ _PACKAGES = ("fastgpt", "torch", "triton", "tokenizers", "safetensors", "tyro", 
 
 
 def report() -> str:
-    """Everything a bug report needs, as plain text."""
+    """Everything a bug report needs, as plain text; ValueError if a setting is not what it can be."""
+    check_environment()
     sections = (
         ("machine", _machine()),
         ("packages", [f"{name:<12} {_version(name)}" for name in _PACKAGES]),

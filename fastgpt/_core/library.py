@@ -21,7 +21,8 @@ _REGISTERED: dict[str, Callable[..., Any]] = {}
 _DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
 
 # Exact types only: a subclass (FakeTensor, DTensor, FunctionalTensor, ...) may hold no memory of its own.
-_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+_TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+_OTHER_TYPES = frozenset({type(None), bool, int, float, str})
 
 
 def define(spec: OpSpec, backend: str, module: ModuleType) -> None:
@@ -66,7 +67,11 @@ def _plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    for arg in args:  # noqa: SIM110  (a generator would cost as much as the rest of the call)
-        if type(arg) not in _PLAIN_TYPES:
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSOR_TYPES:
+            if arg.is_neg() or arg._is_zerotensor():  # memory that does not hold what the tensor says
+                return False
+        elif kind not in _OTHER_TYPES:
             return False
     return True

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from fastgpt._core.spec import BACKENDS, OpSpec
 
@@ -61,9 +62,9 @@ def get(name: str) -> OpSpec:
         raise ValueError(f"op: expected one of {', '.join(_SPECS)}, got {name!r}") from None
 
 
-def usable(op: str, device: str) -> tuple[tuple[str, Callable[..., str | None]], ...]:
-    """(backend, its `supports`) for every backend that can be used for `op` on `device`, best first."""
-    found = _USABLE.get((op, device))
+def usable(op: str, x: Tensor) -> tuple[tuple[str, Callable[..., str | None]], ...]:
+    """(backend, its `supports`) for every backend that can be used for `op` on x's device, best first."""
+    found = _USABLE.get((op, "cpu" if x.is_cpu else x.device.type))  # making the string costs 0.3 µs
     return (
         found
         if found is not None

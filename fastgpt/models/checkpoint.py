@@ -1,51 +1,75 @@
-"""Files of a saved model: written whole or not at all, and read with errors that name the tensor."""
+"""Files of a saved model: each written whole or not at all, and read with errors that name the tensor."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Write = Callable[[str, bytes], None]
 
 
 @contextmanager
 def atomic_files(directory: str | os.PathLike[str]) -> Iterator[Write]:
-    """`with atomic_files(dir) as write: write(name, data)`: all files are complete on disk before the first
-    takes its place, so that a failure or a kill leaves what was there before."""
+    """`with atomic_files(dir) as write: write(name, data)`: complete files take their places, or none does.
+
+    All are complete on disk before the first takes its place, so that whatever fails until then leaves what was
+    there before. Then they are renamed one by one in the order written: each is old or new, never half, but a
+    kill between two renames leaves new ones beside old ones. So write last what the others are useless without.
+    """
     os.makedirs(directory, exist_ok=True)
     staged: list[tuple[str, str]] = []
 
     def write(name: str, data: bytes) -> None:
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
-        staged.append((temporary, os.path.join(directory, name)))
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        path = os.path.join(directory, name)
+        refuse_non_file(path)
+        temporary = os.path.join(directory, f".{name}.{secrets.token_hex(8)}")
+        staged.append((temporary, path))
+        try:
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less the umask
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _restated(error, path) from error
 
     try:
         yield write
         while staged:
-            os.replace(*staged[0])
+            temporary, path = staged[0]
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                raise _restated(error, path) from error
             del staged[0]
     finally:
         for temporary, _ in staged:
-            os.unlink(temporary)
+            with suppress(OSError):  # it may never have been made
+                os.unlink(temporary)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def refuse_non_file(path: str) -> None:
+    """OSError if there is something at `path` that a file cannot replace."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "expected a file or nothing, got something else", path)
+
+
+def _restated(error: OSError, path: str) -> OSError:
+    """The failure told of the file that is meant, not of the temporary one."""
+    return OSError(error.errno, error.strerror, path) if error.errno else OSError(f"{path}: {error}")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -71,7 +95,7 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 
 def read_tensors(path: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must have the names and shapes of `expected`."""
+    """The tensors of a safetensors file, which must have the names and shapes of `expected`, and one dtype."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -87,9 +111,19 @@ def read_tensors(path: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         got = found[name]
         if got.shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected shape {tuple(tensor.shape)}, got {tuple(got.shape)}")
-        if not got.is_floating_point():
-            raise ValueError(f"{path}: {name}: expected a floating dtype, got {got.dtype}")
+        first = next(iter(expected))
+        if found[first].dtype not in WEIGHT_DTYPES:
+            names = ", ".join(map(_short, WEIGHT_DTYPES))
+            raise ValueError(f"{path}: {first}: expected one of {names}, got {_short(found[first].dtype)}")
+        if got.dtype != found[first].dtype:
+            raise ValueError(
+                f"{path}: {name}: expected {_short(found[first].dtype)} as {first}, got {_short(got.dtype)}"
+            )
     for name in found:
         if name not in expected:
             raise ValueError(f"{path}: {name}: expected no such tensor, got shape {tuple(found[name].shape)}")
     return found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -62,7 +62,9 @@ class GPTConfig:
                 f"num_heads: expected a divisor of embedding_dim={self.embedding_dim}, got {self.num_heads}"
             )
         pad = self.pad_idx
-        if pad is not None and (not isinstance(pad, int) or not 0 <= pad < self.vocab_size):
+        if pad is not None and (
+            isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size
+        ):
             raise ValueError(f"pad_idx: expected None or a token id in [0, {self.vocab_size}), got {pad!r}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
@@ -167,7 +169,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         config = self.config
-        check_tokens(tokens, targets, config)
+        check_tokens(tokens, targets, config, self.wte.weight.device)
         mask = (
             None if config.pad_idx is None else (tokens != config.pad_idx)[:, None, None, :]
         )  # [B, 1, 1, T]
@@ -189,7 +191,7 @@ class GPT(nn.Module):
         return F.dropout(x, config.dropout) if config.dropout and self.training else x
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors into the directory; each replaces an old one whole."""
+        """Write config.json and then model.safetensors into the directory; each replaces an old one whole."""
         with checkpoint.atomic_files(path) as write:
             self.write_files(write)
 
@@ -214,24 +216,33 @@ class GPT(nn.Module):
         return f"max_seq_length={self.config.max_seq_length}, tie_output={self.config.tie_output}"
 
 
-def check_tokens(tokens: Tensor, targets: Tensor | None, config: GPTConfig) -> None:
-    """Shapes and dtypes always; the values only where looking is free: eager, on the CPU."""
+def check_tokens(
+    tokens: Tensor, targets: Tensor | None, config: GPTConfig, device: torch.device
+) -> None:
+    """Types, shapes, dtypes and devices always; the values only where looking is free: eager, on the CPU."""
+    check_ids("tokens", tokens, config.vocab_size, device)
     if tokens.dim() != 2:
         raise ValueError(f"tokens: expected shape [B, T], got {tuple(tokens.shape)}")
     if tokens.shape[1] > config.max_seq_length:
         raise ValueError(
             f"tokens: expected at most max_seq_length={config.max_seq_length} a sequence, got {tokens.shape[1]}"
         )
-    if targets is not None and targets.shape != tokens.shape:
-        raise ValueError(f"targets: expected shape {tuple(tokens.shape)}, got {tuple(targets.shape)}")
-    _check_ids("tokens", tokens, config.vocab_size, None)
     if targets is not None:
-        _check_ids("targets", targets, config.vocab_size, IGNORE_INDEX)
+        check_ids("targets", targets, config.vocab_size, device, IGNORE_INDEX)
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets: expected shape {tuple(tokens.shape)}, got {tuple(targets.shape)}")
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int, ignore: int | None) -> None:
+def check_ids(
+    name: str, ids: Tensor, vocab_size: int, device: torch.device, ignore: int | None = None
+) -> None:
+    """TypeError or ValueError unless `ids` are token ids (or `ignore`) that a model on `device` can take."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 or int32, got {ids.dtype}")
+    if ids.device != device:
+        raise ValueError(f"{name}: expected it on {device} as the model, got {ids.device}")
     if torch.compiler.is_compiling() or type(ids) is not Tensor or ids.device.type != "cpu":
         return
     wrong = (ids < 0) | (ids >= vocab_size)

@@ -34,11 +34,12 @@ def attention(
         k: [B, Hkv, Tk, D], v: [B, Hkv, Tk, Dv], in q's dtype; H a multiple of Hkv (grouped-query attention).
         causal: query t sees the keys <= t + Tk - Tq (the last query sees every key).
         scale: multiplies q @ k^T; 1 / sqrt(D) when None.
-        mask: broadcastable to [B, H, Tq, Tk]: boolean (True = may look), or float in q's dtype or fp32, added.
+        mask: broadcastable to [B, H, Tq, Tk]: boolean (True = may look), or float in q's dtype or fp32, added;
+            -inf hides a key.
         backend: a name, several in order, or None for the automatic choice.
 
     Returns:
-        [B, H, Tq, Dv] in q's dtype, a view of [B, Tq, H, Dv] storage. A query that a boolean mask or causality
+        [B, H, Tq, Dv] in q's dtype, a view of [B, Tq, H, Dv] storage. A query that the mask or causality
         lets see nothing gives zeros and zero gradients.
 
     Raises:
@@ -193,8 +194,19 @@ def _baseline(
     scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    if causal and (
+        mask is not None or queries != keys
+    ):  # SDPA's is_causal is top-left, and takes no mask beside it
+        triangle = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        if mask is None or mask.dtype == torch.bool:
+            mask = triangle if mask is None else triangle & mask
+        else:
+            mask = mask.masked_fill(~triangle, -torch.inf)
+        causal = False
+    gqa = k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
     )
 
 
@@ -210,6 +222,8 @@ _CASES: tuple[Case, ...] = (
     Case((2, 3, 8, 30, 16), {"mask": "same", "scale": 0.3}),
     Case((2, 3, 20, 20, 16), {"mask": "fp32", "causal": True}),
     Case((1, 2, 1, 70, 32), {"causal": True}),
+    Case((1, 2, 9, 9, 16), {"scale": -0.3}),
+    Case((1, 2, 9, 9, 16), {"scale": 0.0}),
     Case((0, 2, 3, 3, 8)),
 )
 _BENCH = (Case((2, 12, 512, 512, 64), {"causal": True}),)

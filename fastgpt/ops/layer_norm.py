@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic number of rows
     stream = None if residual is None else residual.new_empty(residual.shape)
     mean, rstd = x.new_empty(rows, dtype=statistics), x.new_empty(rows, dtype=statistics)
     return x.new_empty(x.shape), stream, mean, rstd

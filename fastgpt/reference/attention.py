@@ -3,7 +3,8 @@
     out = softmax(scale * q @ k^T + mask) @ v,    lse = log sum exp of the scores
 
 q [B, H, Tq, D], k and v [B, Hkv, Tk, D]; H a multiple of Hkv: each key head serves H / Hkv query heads in a row.
-Masks, causality and rows that see nothing as in `softmax`.
+Boolean masks and causality as in `softmax`. A float mask's -inf hides a key as well (as in PyTorch's
+scaled_dot_product_attention), so that a row of nothing but -inf gives zeros here, where `softmax` gives NaN.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     """Amplitudes of out and the gradients. Probabilities, out and ds are rounded before the next product."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     mask, causal = inputs.get("mask"), inputs.get("causal", False)
-    scale = inputs.get("scale") or q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if inputs.get("scale") is None else inputs["scale"]
     kv_heads = k.shape[1]
     k, v = _per_query_head(k, q), _per_query_head(v, q)
-    scores = q @ k.mT
+    s, seen = _scores(q, k, scale, mask, causal)
     # |q| @ |k|^T stands for the condition of a score: what its own rounding is relative to.
-    scores_abs = scale * (q.abs() @ k.abs().mT)
-    softmax_inputs = {"x": scores, "scale": scale, "mask": mask, "causal": causal}
-    p = softmax(scores, scale=scale, mask=mask, causal=causal)
-    p_error = softmax_condition(softmax_inputs, {})["y"].amplitude
+    scores_abs = abs(scale) * (q.abs() @ k.abs().mT)
+    if mask is not None and mask.dtype != torch.bool:
+        scores_abs = scores_abs + mask.abs().nan_to_num(posinf=0.0)
+    p = softmax(s, mask=seen)
+    p_error = softmax_condition({"x": s, "mask": seen}, {})["y"].amplitude
     p_error = p_error + p * (scores_abs + (p * scores_abs).sum(-1, keepdim=True))
-    seen = (p > 0).to(p.dtype)  # where a probability too small for its dtype may be lost
+    kept = (p > 0).to(p.dtype)  # where a probability too small for its dtype may be lost
     out_rounded = p @ v.abs()
-    found = {"out": Condition(p_error @ v.abs() + out_rounded, out_rounded, seen @ v.abs())}
+    found = {"out": Condition(p_error @ v.abs() + out_rounded, out_rounded, kept @ v.abs())}
     dout = grads.get("out")
     if dout is None:
         return found
@@ -60,12 +62,12 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
         dp_abs + inner_rounded + (p_error * dp_abs).sum(-1, keepdim=True)
     )
     ds_rounded = ds.abs() + p * inner_rounded
-    ds_underflow = seen * (1.0 + dp_abs + inner_rounded)
+    ds_underflow = kept * (1.0 + dp_abs + inner_rounded)
     dout_abs = dout.abs()
     ds_parts = (ds_error, ds_rounded, ds_underflow)
-    found["dq"] = Condition._make([*(scale * (part @ k.abs()) for part in ds_parts), None])
-    dk = [scale * (part.mT @ q.abs()) for part in ds_parts]
-    dv = [part.mT @ dout_abs for part in (p_error + p, p, seen)]
+    found["dq"] = Condition._make([*(abs(scale) * (part @ k.abs()) for part in ds_parts), None])
+    dk = [abs(scale) * (part.mT @ q.abs()) for part in ds_parts]
+    dv = [part.mT @ dout_abs for part in (p_error + p, p, kept)]
     for name, parts in (("dk", dk), ("dv", dv)):
         amplitude, rounded, underflow = (_sum_over_groups(part, kv_heads) for part in parts)
         if kv_heads != q.shape[1]:
@@ -107,30 +109,38 @@ def attention_bwd(
     """
     q_wide, g = upcast(q), upcast(dout)
     k_wide, v_wide = _per_query_head(upcast(k), q), _per_query_head(upcast(v), q)
-    p = softmax(q_wide @ k_wide.mT, scale=scale, mask=mask, causal=causal)
+    s, seen = _scores(q_wide, k_wide, scale, mask, causal)
+    p = softmax(s, mask=seen)
     dp = g @ v_wide.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    if seen is not None:  # a NaN in what is seen stays there
+        ds = ds.masked_fill(~seen, 0.0)
     dq = scale * (ds @ k_wide)
     dk = _sum_over_groups(scale * (ds.mT @ q_wide), k.shape[1])
     dv = _sum_over_groups(p.mT @ g, k.shape[1])
     dmask = None
     if need_dmask and mask is not None:
         dmask = ds.sum_to_size(mask.shape).to(mask.dtype, copy=True)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
+    return _heads_inside(dq.to(q.dtype)), _heads_inside(dk.to(k.dtype)), _heads_inside(dv.to(v.dtype)), dmask
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     k, v = _per_query_head(upcast(k), q), _per_query_head(upcast(v), q)
-    scores = upcast(q) @ k.mT
-    p = softmax(scores, scale=scale, mask=mask, causal=causal)
-    s = scale * scores
-    if mask is not None and mask.dtype != torch.bool:
-        s = s + upcast(mask)
-    seen = visible(scores, mask, causal)
+    s, seen = _scores(upcast(q), k, scale, mask, causal)
     lse = torch.logsumexp(s if seen is None else s.masked_fill(~seen, -torch.inf), -1)
-    return p @ v, lse
+    return softmax(s, mask=seen) @ v, lse
+
+
+def _scores(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The scores with a float mask added, and what may be seen of them (None: everything)."""
+    s = scale * (q @ k.mT)
+    if mask is None or mask.dtype == torch.bool:
+        return s, visible(s, mask, causal)
+    return s + upcast(mask), visible(s, mask > -torch.inf, causal)
 
 
 def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastgpt.ops  # noqa: F401  (registers the ops)
 from fastgpt._core import registry
 from fastgpt._core.dispatch import BackendError
-from fastgpt._core.spec import Case, OpSpec
+from fastgpt._core.spec import BACKENDS, Case, OpSpec
 from fastgpt.testing.bounds import Comparison
 from fastgpt.testing.inputs import DTYPE_NAMES, DTYPES, Problem, as_tuple, dtypes_of, problem
 from fastgpt.testing.memory import LAYOUTS, OutputGuards, Placed, place_expanded, poisoned, same_bits
@@ -121,6 +121,9 @@ def check(
     spec = registry.get(op)
     if implementation is not None and backend is not None:
         raise ValueError("backend: expected None beside an implementation of your own")
+    for name in (backend,) if isinstance(backend, str) else backend or ():
+        if name not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     ours = implementation is None
     function = functools.partial(spec.function, backend=backend) if ours else implementation
     assert function is not None

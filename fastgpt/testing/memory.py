@@ -112,7 +112,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     # A byte view needs one contiguous dimension.
-    one, other = (t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b))
+    one, other = (
+        t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b)
+    )
     return torch.equal(one, other)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.nn import evaluating
 from fastgpt.train.data import Batch, Corpus, batches, held_out_batches
 
 Record = dict[
@@ -48,6 +49,8 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -102,15 +105,12 @@ def train_step(
 @torch.no_grad()
 def held_out_loss(model: nn.Module, work: Iterable[Batch], config: TrainConfig) -> float:
     """Mean over all tokens of `work`, in nats a token."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for tokens, targets in work:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
-            total += model(tokens, targets).item() * targets.numel()
-        count += targets.numel()
-    if was_training:
-        model.train()
+    with evaluating(model):
+        for tokens, targets in work:
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
+                total += model(tokens, targets).item() * targets.numel()
+            count += targets.numel()
     return total / count
 
 

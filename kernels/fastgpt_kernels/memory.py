@@ -16,10 +16,10 @@ Allocator = Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor]
 _wrapper: Allocator | None = None
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised contiguous tensor of `shape`."""
+def empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised contiguous tensor of `shape`. One dimension is cheaper to make from an int."""
     if _wrapper is not None:
-        return _wrapper(shape, dtype, device)
+        return _wrapper((shape,) if isinstance(shape, int) else shape, dtype, device)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -15,11 +15,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def unsupported(x: Tensor) -> str | None:
     """The reason why no CPU kernel takes x, or None."""
+    if x.dtype in DTYPE_CODES and x.is_cpu:
+        return None
     if not x.is_cpu:
         return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype not in DTYPE_CODES:
-        return f"needs float32, bfloat16 or float16, got {x.dtype}"
-    return None
+    return f"needs float32, bfloat16 or float16, got {x.dtype}"
 
 
 def rows_of(x: Tensor, n: int) -> tuple[Tensor, int]:

@@ -20,7 +20,7 @@ def supports(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
 def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """gelu(x + bias)."""
     x = x.contiguous()
-    y = memory.empty(x.shape, x.dtype, x.device)
+    y = memory.empty_like(x)
     rows, n, bias_at = x.numel(), 1, 0
     if bias is not None:
         bias = bias.contiguous()
@@ -35,23 +35,23 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def gelu_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_dx: bool, need_dbias: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dbias)."""
     x, dy = x.contiguous(), dy.contiguous()
     rows, n, bias_at, dx_at, dbias_at = x.numel(), 1, 0, 0, 0
     dx = dbias = None
     if need_dx:
-        dx = memory.empty(x.shape, x.dtype, x.device)
+        dx = memory.empty_like(x)
         dx_at = dx.data_ptr()
     if bias is not None:
         bias = bias.contiguous()
         n, bias_at = bias.numel(), bias.data_ptr()
         rows = rows // n if n else 0
         if need_dbias:
-            dbias = memory.empty(bias.shape, bias.dtype, x.device)
+            dbias = memory.empty_like(bias)
             dbias_at = dbias.data_ptr()
     kernels.gelu_bwd(
         dy.data_ptr(), x.data_ptr(), bias_at, dx_at, dbias_at, rows, n, DTYPE_CODES[x.dtype],
         _APPROXIMATE[approximate], torch.get_num_threads(),
     )  # fmt: skip
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dbias is None else dbias
+    return dx, dbias

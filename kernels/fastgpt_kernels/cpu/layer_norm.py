@@ -18,21 +18,20 @@ def supports(
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, stream, mean, rstd)."""
     n = x.shape[-1]
     rows = x.numel() // n if n else x.shape[:-1].numel()
     dtype = x.dtype
     x_rows, x_stride = rows_of(x, n)
-    y = memory.empty(x.shape, dtype, x.device)
-    mean = memory.empty((rows,), torch.float32, x.device)
-    rstd = memory.empty((rows,), torch.float32, x.device)
+    y = memory.empty_like(x)
+    mean = memory.empty(rows, torch.float32, x.device)
+    rstd = memory.empty_like(mean)
+    stream = None
     residual_at = stream_at = residual_stride = residual_code = 0
-    if residual is None:
-        stream = x.new_empty(0)
-    else:
+    if residual is not None:
         residual, residual_stride = rows_of(residual, n)
-        stream = memory.empty(x.shape, residual.dtype, x.device)
+        stream = memory.empty_like(residual)
         residual_at, stream_at = residual.data_ptr(), stream.data_ptr()
         residual_code = DTYPE_CODES[residual.dtype]
     weight, weight_at = _parameter(weight)
@@ -57,29 +56,29 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dw, db); x is the stream where there was a residual."""
     n = x.shape[-1]
     rows = mean.numel()
-    dtype, device = dy.dtype, x.device
+    dtype = dy.dtype
     dx = dresidual = dw = db = None
     dx_at = dresidual_at = dstream_at = dw_at = db_at = 0
     dy, dy_stride = rows_of(dy, n)
     x, x_stride = rows_of(x, n)
     if need_dx:
-        dx = memory.empty(dy.shape, dtype, device)
+        dx = memory.empty_like(dy)
         dx_at = dx.data_ptr()
         if x.dtype != dtype:
-            dresidual = memory.empty(x.shape, x.dtype, device)
+            dresidual = memory.empty_like(x)
             dresidual_at = dresidual.data_ptr()
         if dstream is not None:
             dstream = dstream.contiguous()
             dstream_at = dstream.data_ptr()
     if need_dw and weight is not None:
-        dw = memory.empty(weight.shape, weight.dtype, device)
+        dw = memory.empty_like(weight)
         dw_at = dw.data_ptr()
     if need_db and bias is not None:
-        db = memory.empty(bias.shape, bias.dtype, device)
+        db = memory.empty_like(bias)
         db_at = db.data_ptr()
     parameter = weight if weight is not None else bias
     weight, weight_at = _parameter(weight)
@@ -88,13 +87,7 @@ def layer_norm_bwd(
         dw_at, db_at, rows, n, dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
         0 if parameter is None else DTYPE_CODES[parameter.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    # A tensor of its own for each absent result: none may alias another.
-    return (
-        x.new_empty(0) if dx is None else dx,
-        x.new_empty(0) if dresidual is None else dresidual,
-        x.new_empty(0) if dw is None else dw,
-        x.new_empty(0) if db is None else db,
-    )
+    return dx, dresidual, dw, db
 
 
 def _parameter(p: Tensor | None) -> tuple[Tensor | None, int]:

@@ -30,18 +30,16 @@ def supports(
 
 def softmax_fwd(
     x: Tensor, scale: float, mask: Tensor | None, causal: bool, dropout_p: float, rng: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(y, p): p, the probabilities before dropout, only with dropout."""
     x = x.contiguous()
     shape, dtype = x.shape, x.dtype
     cols = shape[-1]
-    y = memory.empty(shape, dtype, x.device)
-    p_at = 0
+    y = memory.empty_like(x)
+    p, p_at = None, 0
     if dropout_p > 0.0:
-        p = memory.empty(shape, dtype, x.device)
+        p = memory.empty_like(x)
         p_at = p.data_ptr()
-    else:
-        p = x.new_empty(0)
     mask_args: tuple[int, ...] = (0, _NO_MASK, 0, 1, 1, 1, 0, 0, 0, 0, 0)
     if x.numel() == 0:
         return y, p
@@ -68,29 +66,28 @@ def softmax_bwd(
     rng: Tensor | None,
     need_dx: bool,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dmask); the mask is given only for its shape and dtype."""
     dy, p = dy.contiguous(), p.contiguous()
     shape, dtype = p.shape, p.dtype
     cols = shape[-1]
-    dx = memory.empty(shape, dtype, p.device) if need_dx else p.new_empty(0)
+    dx = memory.empty_like(p) if need_dx else None
+    dmask = None
     mask_args: tuple[int, ...] = (0, 1, 1, 1, 1, 1, 0)
     dmask_at = 0
     if need_dmask and mask is not None:
-        dmask = memory.empty(mask.shape, mask.dtype, p.device)
+        dmask = memory.empty_like(mask)
         dmask_at = dmask.data_ptr()
         sizes, shared = _shared_dims(shape, mask.shape)
         sizes, shared = _pad(sizes, 1), _pad(shared, 0)
         mask_cols = mask.shape[-1] if mask.dim() else 1
         bits = sum(bit << d for d, bit in enumerate(shared))
         mask_args = (DTYPE_CODES[mask.dtype], mask_cols, *sizes, bits)
-    else:
-        dmask = p.new_empty(0)
     if p.numel() == 0:
-        return dx, dmask.zero_()
+        return dx, None if dmask is None else dmask.zero_()
     rng, dropout_args = _dropout(dropout_p, rng)
     kernels.softmax_bwd(
-        dy.data_ptr(), p.data_ptr(), dx.data_ptr() if need_dx else 0, dmask_at, p.numel() // cols, cols,
+        dy.data_ptr(), p.data_ptr(), 0 if dx is None else dx.data_ptr(), dmask_at, p.numel() // cols, cols,
         shape[-2] if causal else 0, DTYPE_CODES[dtype], scale, *mask_args, *dropout_args, torch.get_num_threads(),
     )  # fmt: skip
     return dx, dmask

@@ -1,7 +1,7 @@
 """Attention by PyTorch's scaled_dot_product_attention.
 
-On the CPU its flash kernel is called as the pair of forward and backward that it is. Elsewhere, and for the calls
-that kernel does not take, backward runs the forward once more under autograd.
+On the CPU its flash kernel is called as the pair of forward and backward that it is. For what that kernel does not
+take, and elsewhere, backward is written out.
 """
 
 from __future__ import annotations
@@ -54,14 +54,40 @@ def attention_bwd(
             dout, q_wide, k_wide, v_wide, out, lse, 0.0, top_left, attn_mask=bias, scale=scale
         )
         return (*(_heads_inside(grad.to(q.dtype)) for grad in grads), None)  # type: ignore[return-value]
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    if need_dmask and mask is not None:
-        mask = mask.detach().requires_grad_()
-        leaves.append(mask)
-    with torch.enable_grad():
-        again = _attend(leaves[0], leaves[1], leaves[2], causal, scale, mask)
-    dq, dk, dv, *dmask = torch.autograd.grad(again, leaves, dout)
-    return _heads_inside(dq), _heads_inside(dk), _heads_inside(dv), dmask[0].contiguous() if dmask else None
+    # By the formulas: autograd does not run inside an op that was called below a dispatch mode.
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    groups = q.shape[1] // max(k.shape[1], 1)
+    q_wide, g = q.to(wide), dout.to(wide)
+    k_wide, v_wide = (t.to(wide).repeat_interleave(groups, dim=1) for t in (k, v))
+    bias, hidden = _scores(q, k, causal, mask)
+    s = scale * (q_wide @ k_wide.mT)
+    if bias is not None:
+        s = s + bias
+    if hidden is not None:
+        s = s.masked_fill(hidden, -torch.inf)
+    p = torch.softmax(s, -1)
+    if hidden is not None:  # zeros, not NaN, where a query sees nothing
+        p = p.masked_fill(hidden, 0.0)
+    dp = g @ v_wide.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    if hidden is not None:  # a NaN in what is seen stays there
+        ds = ds.masked_fill(hidden, 0.0)
+    dq, dk, dv = scale * (ds @ k_wide), scale * (ds.mT @ q_wide), p.mT @ g
+    dk, dv = (t.unflatten(1, (k.shape[1], groups)).sum(2) if groups > 1 else t for t in (dk, dv))
+    dmask = ds.sum_to_size(mask.shape).to(mask.dtype, copy=True) if need_dmask and mask is not None else None
+    return *(_heads_inside(t.to(q.dtype)) for t in (dq, dk, dv)), dmask  # type: ignore[return-value]
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(what is added to the scores, what is hidden)."""
+    hidden = None
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    if causal:
+        queries, keys = q.shape[2], k.shape[2]
+        future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(1 + keys - queries)
+        hidden = future if hidden is None else hidden | future
+    return mask if mask is not None and mask.dtype != torch.bool else None, hidden
 
 
 def _is_pair(q: Tensor, k: Tensor, v: Tensor) -> bool:

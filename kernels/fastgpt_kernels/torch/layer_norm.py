@@ -42,17 +42,19 @@ def layer_norm_bwd(
 ) -> tuple[Tensor | None, ...]:
     """(dx, dresidual, dweight, dbias)."""
     lead = (*x.shape[:-1], 1)
-    mask = [need_dx, need_dw and weight is not None, need_db and bias is not None]
-    ds, dw, db = torch.ops.aten.native_layer_norm_backward(
+    mask = [need_dx, need_dw and weight is not None, False]
+    ds, dw, _ = torch.ops.aten.native_layer_norm_backward(
         _wide(dy), _wide(x), x.shape[-1:], mean.view(lead), rstd.view(lead), _wide(weight), _wide(bias), mask
     )
+    # native_layer_norm_backward sums dbias one row after the other; sum() in a tree, which keeps small errors small.
+    db = _wide(dy).sum_to_size(x.shape[-1:]) if need_db and bias is not None else None
     if mask[0] and dstream is not None:
         ds = ds + dstream
     return (
         ds.to(dy.dtype) if mask[0] else None,
         ds.to(x.dtype) if mask[0] and x.dtype != dy.dtype else None,
         dw.to(weight.dtype) if mask[1] and weight is not None else None,
-        db.to(bias.dtype) if mask[2] and bias is not None else None,
+        db.to(bias.dtype, copy=True) if db is not None and bias is not None else None,
     )
 
 
