@@ -31,7 +31,7 @@ $(VENV)/constraints.txt: constraints.txt
 $(READY): $(VENV)/constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c $< setuptools pybind11 ninja
 	$(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pip install -c $< --no-build-isolation -e '.[all]'
+	$(BIN)/python -m pip install -c $< --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: $(READY)  ## compile what has changed in csrc

@@ -26,9 +26,8 @@ def pose(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device) -> 
 
 def error(problem: Problem, function: Callable[..., Any]) -> float:
     """The largest error of any output or gradient as a fraction of its bound; inf for a wrong shape or dtype."""
-    worst = 0.0
-    for name, got in results(problem, function, problem.inputs, problem.output_grads).items():
+    found = results(problem, function, problem.inputs, problem.output_grads)
+    for name, got in found.items():
         if got.shape != problem.exact[name].shape or got.dtype != problem.expected_dtype(name):
             return float("inf")
-        worst = max(worst, problem.compare(name, got).ratio)
-    return worst
+    return max(comparison.ratio for comparison in problem.compare(found).values())

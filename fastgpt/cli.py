@@ -176,7 +176,7 @@ def generate(
         if not text.endswith("\ufffd"):  # a character of several bytes is still under way
             print(text[shown:], end="", flush=True)
             shown = len(text)
-    print() if shown else print(prompt)
+    print("" if shown else prompt)
     return 0
 
 
@@ -210,15 +210,8 @@ def check(
         implementation: Check your own function instead, as module:function (needs --op).
         case: Only this case, as the lines that repeat a failure name it.
     """
-    from fastgpt.testing.cli import load, run_check
+    from fastgpt.testing.cli import run_check
 
-    if implementation is not None:
-        try:
-            load(implementation)  # run_check finds it loaded
-        except ValueError:
-            raise
-        except (Exception, SystemExit) as error:  # of the user's module: not ours to show a traceback of
-            raise ValueError(f"implementation: {implementation}: {type(error).__name__}: {error}") from error
     return run_check(op, backend, dtype, implementation, case)
 
 
@@ -277,7 +270,9 @@ def user_error(error: Exception) -> str | None:
     from fastgpt._core.dispatch import BackendError
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return f"not enough memory: {_one_line(error).partition('DefaultCPUAllocator: ')[2] or _one_line(error)}"
+        return (
+            f"not enough memory: {_one_line(error).partition('DefaultCPUAllocator: ')[2] or _one_line(error)}"
+        )
     if isinstance(error, (BackendError, ValueError, TypeError, NotImplementedError, FloatingPointError)):
         return _one_line(error)
     return None

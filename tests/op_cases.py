@@ -63,16 +63,15 @@ def matrix() -> Iterator[tuple[str, OpSpec, Variant, torch.dtype, Case]]:
                     yield name, spec, variant, dtype, case
 
 
-def forms(op: str, *, largest: bool = False) -> list[Case]:
-    """The smallest non-empty case, or the largest, for every set of options that an op declares."""
+def forms(op: str) -> list[Case]:
+    """The smallest non-empty case for every set of options that an op declares."""
     found: dict[tuple[Any, ...], Case] = {}
-    sign = -1 if largest else 1
     for case in registry.get(op).cases:
         key = tuple(
             (name, value if isinstance(value, (bool, str)) else None) for name, value in case.options.items()
         )
         size = math.prod(case.shape)
-        if size > 1 and (key not in found or sign * size < sign * math.prod(found[key].shape)):
+        if size > 1 and (key not in found or size < math.prod(found[key].shape)):
             found[key] = case
     return list(found.values())
 

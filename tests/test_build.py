@@ -53,7 +53,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     info: Message = Parser().parsestr(metadata(wheel, "METADATA"))
     requires = info.get_all("Requires-Dist") or []
     assert [r for r in requires if "extra ==" not in r] == ["torch>=2.10"]
-    assert set(info.get_all("Provides-Extra") or []) == {"cli", "train", "test", "lint", "all"}
+    assert set(info.get_all("Provides-Extra") or []) == {"cli", "train", "test", "lint", "all", "dev"}
     assert info["Requires-Python"] == ">=3.10"
     assert info["License-Expression"] == "MIT"
     assert "fastgpt = fastgpt.cli:main" in metadata(wheel, "entry_points.txt")

@@ -29,6 +29,9 @@ number = 3
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_norms.py").write_text(MINE)
+    (tmp_path / "needs.py").write_text("import not_there_at_all")
+    (tmp_path / "syntax.py").write_text("def f(:")
+    (tmp_path / "raises.py").write_text("raise KeyError('two\\nlines')")
     monkeypatch.chdir(tmp_path)
 
 
@@ -79,11 +82,17 @@ def test_one_bad_case_among_all_is_found_and_named(capsys: pytest.CaptureFixture
         ({"backend": "cdpu"}, "backend: expected one of .*'cdpu'"),
         ({"dtype": "fp8"}, "dtype: expected one of .*'fp8'"),
         ({"op": "gelu", "case": "1x2x3"}, "case: no case '1x2x3' of gelu"),
-        ({"op": "gelu", "backend": "triton"}, "backend: triton cannot run gelu: no GPU here"),
+        ({"op": "gelu", "backend": "triton"}, "backend: triton cannot run gelu: no "),
         ({"implementation": "my_norms:good"}, "expected an op"),
         ({"op": "layer_norm", "implementation": "my_norms:good", "backend": "cpu"}, "backend: expected none"),
         ({"op": "layer_norm", "implementation": "my_norms"}, "expected module:function, got 'my_norms'"),
         ({"op": "layer_norm", "implementation": "no_such:f"}, "no module 'no_such'"),
+        (
+            {"op": "gelu", "implementation": "needs:f"},
+            "needs cannot be imported: ModuleNotFoundError: No module",
+        ),
+        ({"op": "gelu", "implementation": "syntax:f"}, "syntax cannot be imported: SyntaxError: "),
+        ({"op": "gelu", "implementation": "raises:f"}, "raises cannot be imported: KeyError: "),
         ({"op": "layer_norm", "implementation": "my_norms:f"}, "my_norms has no function 'f'"),
         ({"op": "layer_norm", "implementation": "my_norms:number"}, "my_norms has no function 'number'"),
     ],

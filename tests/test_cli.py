@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from fastgpt import cli, demo
 from fastgpt.models import checkpoint
-from fastgpt.train.data import default_corpus
+from fastgpt.train import data
 
 SIZES = {"embedding-dim": 16, "num-heads": 2, "num-layers": 1, "seq-length": 16, "steps": 4, "batch-size": 2}
 TINY = [f"--{name}={n}" for name, n in {**SIZES, "eval-every": 2, "log-every": 1}.items()]
@@ -42,6 +43,16 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     assert line.startswith("fastgpt: error: "), captured.err
     assert "\n" not in line, captured.err
     return line
+
+
+def no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a command gets as far as its text."""
+
+    def never(*_, **__):
+        pytest.fail("the corpus was built before the mistake was found")
+
+    monkeypatch.setattr(data, "make_corpus", never)
+    monkeypatch.setattr(demo, "make_corpus", never)
 
 
 def test_train_leaves_a_whole_checkpoint(model: Path) -> None:
@@ -80,6 +91,10 @@ def test_generate_streams_the_prompt_and_the_same_text_for_a_seed(
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].startswith("thé ")
+    assert cli.main([*args, "--temperature", "1e-45"]) == 0
+    capsys.readouterr()
+    assert cli.main([*args, "--max-new-tokens", "0"]) == 0
+    assert capsys.readouterr().out == "thé \n"
     assert len(outputs[0]) > 20
 
 
@@ -99,8 +114,12 @@ def test_bytes_bf16_and_the_sinusoidal_positions(text: Path, tmp_path: Path) -> 
         ("--steps 0", "steps: expected at least 1, got 0"),
         ("--vocab-size 10", "vocab_size: expected at least 256 (one token a byte), got 10"),
         ("--dropout 1.5", "dropout: expected a probability in [0, 1), got 1.5"),
+        (
+            "--seed 9223372036854775808",
+            "seed: expected an integer in [-2**63, 2**63), got 9223372036854775808",
+        ),
         ("--device tpu", "device: expected cpu, cuda or auto, got 'tpu'"),
-        ("--backend nonsense", "backend: expected one of"),
+        ("--backend nonsense", "backend: expected one"),
     ],
 )
 def test_bad_training_options(
@@ -178,7 +197,7 @@ def test_bad_checkpoint(
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("no such op"), OSError("disk\nfull"), NotImplementedError("a"), TypeError("b")]
+    "error", [ValueError("no such op"), OSError("disk\nfull"), NotImplementedError("a"), TypeError("b")]
 )
 def test_user_errors_are_one_line(error: Exception) -> None:
     message = cli.user_error(error)
@@ -187,12 +206,13 @@ def test_user_errors_are_one_line(error: Exception) -> None:
     assert "'" not in message
 
 
-def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("ours"), KeyError("ours")])
+def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken() -> int:
-        raise RuntimeError("ours")
+        raise error
 
     monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
-    with pytest.raises(RuntimeError, match="ours"):
+    with pytest.raises(type(error), match="ours"):
         cli.main(["doctor"])
 
 
@@ -204,6 +224,127 @@ def test_a_missing_extra_says_what_to_install(
     assert line.endswith("tokenizers is not installed; it comes with: pip install fastgpt[all]")
 
 
+@pytest.mark.parametrize("module", ["matplotlib.backends.backend_agg", "safetensors.torch", "tqdm"])
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_what_is_needed_at_the_end_is_missed_at_the_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    module: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    no_corpus(monkeypatch)
+    line = fails(capsys, command, "--out", tmp_path / "out")
+    assert f"{module.partition('.')[0]} is not installed; it comes with: pip install fastgpt[all]" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "file: expected a directory or nothing, got a file"),
+        ("file/sub", "file/sub: Not a directory"),
+        ("/proc/fastgpt", "/proc/fastgpt: No such file or directory"),
+        ("read-only", "read-only: Permission denied"),
+    ],
+)
+def test_no_place_to_save_is_noticed_at_the_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    out: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("read-only").mkdir()
+    make = os.open
+
+    def refuse(path, *args, **kwargs):  # permissions do not bind whoever is root
+        if str(path).startswith("read-only"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    no_corpus(monkeypatch)
+    assert message in fails(capsys, command, "--out", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "read-only"}
+
+
+def test_unknown_backend_is_noticed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_corpus(monkeypatch)
+    assert "backend: expected one" in fails(capsys, "train", "--out", tmp_path, "--backend", "cpu,nonsense")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line(error: Exception) -> None:
+    message = cli.user_error(error)
+    assert message is not None
+    assert message.startswith("not enough memory: ")
+    assert "enforce" not in message
+
+
+def test_a_batch_larger_than_memory(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "train", "--text", text, "--out", tmp_path / "o", *TINY, "--batch-size", 10**15)
+    assert "not enough memory: can't allocate memory: you tried to allocate" in line
+
+
+MINE = """
+from fastgpt.reference.gelu import gelu
+
+def half(x, bias=None, approximate="none"):
+    return 0.5 * gelu(x, bias, approximate=approximate)
+"""
+
+
+def test_the_printed_repro_runs_one_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "halved_gelu.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    args = ["--op", "gelu", "--dtype", "fp32", "--implementation", "halved_gelu:half"]
+    assert cli.main(["check", *args]) == 1
+    repro = next(line for line in capsys.readouterr().out.splitlines() if "fastgpt check" in line)
+    command = shlex.split(repro)
+    assert cli.main(command[1:]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert failed
+    assert all(line.split()[1] == command[-1] for line in failed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("{}['key']", "KeyError: 'key'"),
+    ],
+)
+def test_a_broken_module_of_the_users_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / "broken_module.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, "check", "--op", "gelu", "--implementation", "broken_module:f")
+    assert f"implementation: broken_module cannot be imported: {message}" in line
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert "layer_norm" in capsys.readouterr().out
@@ -212,10 +353,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_demo_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = default_corpus()[:60_000]
+    text = data.default_corpus()[:60_000]
     monkeypatch.setattr(demo, "default_corpus", lambda: text)
     monkeypatch.setattr(demo, "compiled_path", lambda *_: (None, "not in this test"))
-    assert cli.main(["demo", "--steps", "5", "--out", str(tmp_path / "out")]) == 1  # five steps teach nothing
+    assert (
+        cli.main(["demo", "--minutes", "0", "--out", str(tmp_path / "out")]) == 1
+    )  # five steps teach nothing
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["agrees"]
     assert not results["below_unigram_entropy"]
@@ -226,6 +369,8 @@ def test_demo_in_small(
     out = capsys.readouterr().out
     assert "not measured: not in this test" in out
     assert "Losses agree" in out
+    assert "The time is up" in out
+    assert out.splitlines()[-1].startswith("Large freed blocks were kept, for every path alike")
     assert (
         cli.main(["generate", "--model", str(tmp_path / "out" / "model"), "--prompt", "a", "--seed", "1"])
         == 0

@@ -111,8 +111,44 @@ def test_padding_is_never_generated() -> None:
             r"tokens: expected shape \[B, T\] with T >= 1, got \(2, 0\)",
         ),
         ({"prompt": torch.tensor([[99]])}, r"tokens: expected ids in \[0, 23\), got 99"),
+        (
+            {"prompt": torch.tensor([[99] + [1] * 10])},  # outside the window of 8
+            r"tokens: expected ids in \[0, 23\), got 99 at \[0, 0\]",
+        ),
+        ({"seed": 2**63}, r"seed: expected an integer in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(**options)
+
+
+@pytest.mark.parametrize("prompt", [torch.tensor([[1.5]]), torch.tensor([[True]]), [[1]]])
+def test_a_prompt_is_an_integer_tensor(prompt) -> None:
+    with pytest.raises(TypeError, match=r"tokens: expected (int64 or int32|a tensor), got"):
+        generate(prompt=prompt)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-320, 1e300, float("inf")])
+@pytest.mark.parametrize("pad_idx", [None, 0])
+def test_no_temperature_overflows(temperature: float, pad_idx: int | None) -> None:
+    model = make_model(pad_idx=pad_idx)
+    tokens = generate(model, temperature=temperature, seed=0)
+    assert torch.equal(tokens, generate(model, temperature=0)) == (temperature < 1)
+
+
+def test_each_module_keeps_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().train()
+    model.h[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model)
+    assert [module.training for module in model.modules()] == before
+
+    def fail(_: Tensor) -> Tensor:
+        assert not model.training
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model, "embed", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(model)
+    assert [module.training for module in model.modules()] == before

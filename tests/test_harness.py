@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from honest_ops import GELU, LayerNorm, Softmax
+from honest_ops import GELU, Attention, LayerNorm, Softmax
 from torch import Tensor
 from wrong_ops import FAULTS
 
 from fastgpt._core.spec import Case
 from fastgpt.testing import check
-from fastgpt.testing.check import HAZARDS
+from fastgpt.testing.report import HAZARDS
 
 # A few cases of each op, small and telling: the whole set is test_ops.py's.
 CASES = {
@@ -24,19 +24,24 @@ CASES = {
         "3x4x10x37-mask_bool-over_bhqk-scale_0.5", "3x4x10x37-mask_bool-over_1hq1-scale_0.5",
         "3x4x10x37-mask_fp32-over_11qk-scale_0.5", "2x3x20x33-dropout_0.1-causal-scale_0.2",
     ],
+    "attention": [
+        "2x3x17x17x16", "1x2x40x40x64-causal", "2x2x5x33x20-causal", "1x1x33x5x8-causal",
+        "2x4x9x12x16-kv_heads_2-causal", "2x3x20x20x16-mask_padding", "2x3x20x20x16-mask_padding-causal",
+        "2x3x20x20x16-mask_fp32-causal",
+    ],
 }  # fmt: skip
-HONEST = {"layer_norm": LayerNorm(), "gelu": GELU(), "softmax": Softmax()}
+HONEST = {"layer_norm": LayerNorm(), "gelu": GELU(), "softmax": Softmax(), "attention": Attention()}
 
 
-def op_of(fault: type) -> str:
-    return {LayerNorm: "layer_norm", GELU: "gelu", Softmax: "softmax"}[fault.__mro__[1]]
+PLANTED = [(fault, dtype) for fault in FAULTS for dtype in getattr(fault, "dtypes", ("fp32", "bf16"))]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    ("fault", "dtype"), PLANTED, ids=[f"{fault.__name__}-{dtype}" for fault, dtype in PLANTED]
+)
 def test_rejected(fault: Any, dtype: str) -> None:
-    op = op_of(fault)
-    report = check(op, fault(), dtypes=[dtype], cases=CASES[op])
+    (op,) = (op for op, honest in HONEST.items() if issubclass(fault, type(honest)))
+    report = check(op, fault(), dtypes=[dtype], cases=getattr(fault, "cases", CASES[op]))
     assert not report.ok
     assert FAULTS[fault] in report.hazards, report
     assert FAULTS[fault] in str(report)

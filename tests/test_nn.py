@@ -110,6 +110,15 @@ def test_positional_encoding_adds_nothing_to_padding() -> None:
         (lambda: fnn.Softmax(dropout_p=1.0), r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
         (lambda: fnn.MLP(8, 8, activation="relu"), "activation: expected one of gelu, gelu_tanh, got 'relu'"),
         (lambda: fnn.MLP(8, 0), "hidden_dim: expected an integer >= 1, got 0"),
+        (lambda: fnn.MLP(8, 8)(torch.zeros(2, 7)), r"x: expected a last dimension of 8, got \(2, 7\)"),
+        (
+            lambda: fnn.CausalSelfAttention(8, 2)(torch.zeros(1, 2, 6)),
+            r"x: expected \[B, T, 8\], got \(1, 2, 6\)",
+        ),
+        (
+            lambda: fnn.CausalSelfAttention(8, 2)(torch.zeros(2, 8)),
+            r"x: expected \[B, T, 8\], got \(2, 8\)",
+        ),
         (lambda: fnn.CausalSelfAttention(10, 3), "num_heads: expected a divisor of dim=10, got 3"),
         (lambda: fnn.Block(8, 2, dropout=-0.1), "dropout: expected a probability"),
         (lambda: fnn.PositionalEncoding(8, 0), "max_seq_length: expected an integer >= 1, got 0"),
@@ -125,7 +134,7 @@ def test_positional_encoding_adds_nothing_to_padding() -> None:
             lambda: fnn.PositionalEncoding(8, 4, 0)(torch.zeros(1, 4, 8), torch.zeros(1, 3)),
             r"tokens: expected shape \(1, 4\), got \(1, 3\)",
         ),
-        (lambda: fnn.GELU(backend="none")(torch.zeros(2)), "backend: expected one of"),
+        (lambda: fnn.GELU(backend="none")(torch.zeros(2)), "backend: expected one"),
     ],
 )
 def test_bad_arguments_are_named(make, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,7 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
         ({"held_out": 0.0}, r"held_out: expected a fraction in \(0, 1\), got 0.0"),
         ({"tokenizer": "words"}, "tokenizer: expected bpe or bytes, got 'words'"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size: expected at least 256"),
+        ({"tokenizer": "bpe", "vocab_size": 2**70}, r"vocab_size: expected at most 2\*\*31, got 1180591620"),
         ({"seq_length": 0}, "seq_length: expected at least 1, got 0"),
     ],
 )
@@ -225,9 +227,43 @@ def test_files_are_joined_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         ({"lr": 0.0}, "lr: expected more than 0, got 0.0"),
         ({"clip": float("nan")}, "clip: expected more than 0, got nan"),
         ({"warmup": -1}, "warmup: expected at least 0, got -1"),
+        (
+            {"seed": -(2**63) - 1},
+            r"seed: expected an integer in \[-2\*\*63, 2\*\*63\), got -9223372036854775809",
+        ),
         ({"beta2": 1.0}, r"beta2: expected a number in \[0, 1\), got 1.0"),
     ],
 )
 def test_train_config_errors(option: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loop.TrainConfig(**option)
+
+
+def test_evaluation_keeps_each_modules_mode() -> None:
+    model, config = make_model().train(), loop.TrainConfig()
+    model.h[0].eval()
+    before = [module.training for module in model.modules()]
+    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+    loop.held_out_loss(model, [(tokens, tokens)], config)
+    with pytest.raises(ValueError, match="tokens: expected ids"):
+        loop.held_out_loss(model, [(tokens - 1, tokens)], config)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_place_that_can_be_saved_to_is_left_as_it_was(tmp_path: Path) -> None:
+    checkpoint.check_can_save(tmp_path / "new" / "dir")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").mkdir()
+    checkpoint.check_can_save(tmp_path / "old")
+    assert [file.name for file in tmp_path.iterdir()] == ["old"]
+    (tmp_path / "old" / "loss.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        checkpoint.check_can_save(tmp_path / "old")
+
+
+def test_weights_take_their_place_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (placed.append(Path(b).name), replace(a, b))[1])
+    checkpoint.save(str(tmp_path), make_model(), ByteTokenizer(), {}, [], b"png")
+    assert sorted(placed) == sorted(checkpoint.FILES)
+    assert placed[-1] == "model.safetensors"

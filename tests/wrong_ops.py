@@ -6,227 +6,11 @@ import math
 from typing import Any
 
 import torch
-from honest_ops import GELU, LayerNorm, Softmax
+from honest_ops import GELU, Attention, Softmax
 from torch import Tensor
+from wrong_layer_norm import FAULTS as LAYER_NORM_FAULTS
 
 from fastgpt.reference.philox import keep_mask
-
-# --- LayerNorm
-
-
-class DroppedTailColumn(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        y[..., y.shape[-1] // 4 * 4 :] = 0.0
-        return y.to(x.dtype)
-
-
-class PaddingPollutesVariance(LayerNorm):
-    """Padded to a power of two, and not masked again after centring."""
-
-    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
-        n = s.shape[-1]
-        padded = 2 ** math.ceil(math.log2(n))
-        return super().variance(s, mean) + (padded - n) / n * mean.square()
-
-
-class VarianceFromSquares(LayerNorm):
-    """mean(x**2) - mean(x)**2: cancels where the mean is large."""
-
-    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
-        return (s.square().mean(-1, keepdim=True) - mean.square()).clamp(min=0.0)
-
-
-class StatisticsInBF16(LayerNorm):
-    def mean(self, s: Tensor) -> Tensor:
-        return super().mean(s).bfloat16().float()
-
-    def rstd(self, variance: Tensor, eps: float) -> Tensor:
-        return super().rstd(variance, eps).bfloat16().float()
-
-
-class UnbiasedVariance(LayerNorm):
-    def variance(self, s: Tensor, mean: Tensor) -> Tensor:
-        return super().variance(s, mean) * (s.shape[-1] / (s.shape[-1] - 1))
-
-
-class EpsOutsideTheRoot(LayerNorm):
-    def rstd(self, variance: Tensor, eps: float) -> Tensor:
-        return 1.0 / (variance.sqrt() + eps)
-
-
-class DbScaled(LayerNorm):
-    def db(self, dy: Tensor) -> Tensor:
-        return super().db(dy) * 1.02
-
-
-class DxScaled(LayerNorm):
-    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-        return super().dx(wdy, xhat, rstd) * 1.05
-
-
-class ScaledByTheFirstGradient(LayerNorm):
-    def incoming(self, dy: Tensor) -> Tensor:
-        return dy * dy.flatten()[0]
-
-
-class DwMissesARow(LayerNorm):
-    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
-        return (dy * xhat).flatten(0, -2)[:-1].sum(0)
-
-
-class DwAccumulatedInBF16(LayerNorm):
-    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
-        total = torch.zeros(dy.shape[-1], dtype=torch.bfloat16)
-        for row in (dy * xhat).flatten(0, -2):
-            total += row.bfloat16()
-        return total.float()
-
-
-class DxWithoutItsMean(LayerNorm):
-    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-        return rstd * (wdy - xhat * (wdy * xhat).mean(-1, keepdim=True))
-
-
-class InputMutated(LayerNorm):
-    """The sum is written over the residual."""
-
-    def stream(self, x: Tensor, residual: Tensor) -> Tensor:
-        total = super().stream(x, residual)
-        residual.copy_(total)
-        return total
-
-
-class GradientMutated(LayerNorm):
-    def incoming(self, dy: Tensor) -> Tensor:
-        found = dy.clone()
-        if dy.is_contiguous():
-            dy.zero_()
-        return found
-
-
-class UnwrittenRow(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        out[:-1] = y[:-1]
-        return out
-
-
-class Cached(LayerNorm):
-    """Results kept by address and shape."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
-
-    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
-        key = x.data_ptr(), x.shape
-        if key not in self.known:
-            self.known[key] = super().forward(x, w, b, eps, residual)
-        return tuple(None if t is None else t.clone() for t in self.known[key])
-
-
-class StreamIsTheResidual(LayerNorm):
-    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
-        y, stream, *saved = super().forward(x, w, b, eps, residual)
-        return y, None if stream is None else residual.clone(), *saved
-
-
-class StreamGradientDropped(LayerNorm):
-    def with_stream(self, ds: Tensor, dstream: Tensor) -> Tensor:
-        return ds
-
-
-class ResidualAfterTheNorm(LayerNorm):
-    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
-        y, stream, *saved = super().forward(x, w, b, eps, residual)
-        return super().forward(x, w, b, eps, None)[0] if stream is not None else y, stream, *saved
-
-
-class OutputsShareMemory(LayerNorm):
-    def forward(self, x: Tensor, w: Any, b: Any, eps: float, residual: Any) -> tuple[Any, ...]:
-        y, stream, s, *saved = super().forward(x, w, b, eps, residual)
-        if stream is None:
-            return y, stream, s, *saved
-        both = torch.stack([y, stream])
-        return both[0], both[1], s.clone(), *saved
-
-
-class OutputIsTheInput(LayerNorm):
-    """Written into the input's memory, as an in-place kernel would."""
-
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        return x.detach().copy_(y)
-
-
-class WiderOutput(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.double()
-
-
-class StochasticRounding(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        noise = (torch.rand_like(y) - 0.5) * 2.0 ** (-23 if x.dtype == torch.float32 else -7)
-        return (y * (1.0 + noise)).to(x.dtype)
-
-
-class GradientReadAsContiguous(LayerNorm):
-    def incoming(self, dy: Tensor) -> Tensor:
-        strides = [math.prod(dy.shape[d + 1 :]) for d in range(dy.dim())]
-        return dy.as_strided(dy.shape, strides, dy.storage_offset()) if dy.stride(-1) else dy
-
-
-class ExpandedGradientTakenForOneRow(LayerNorm):
-    def __init__(self) -> None:
-        self.one_row = False
-
-    def incoming(self, dy: Tensor) -> Tensor:
-        self.one_row = dy.dim() > 1 and dy.stride(0) == 0
-        return dy
-
-    def db(self, dy: Tensor) -> Tensor:
-        return dy[0].clone() if self.one_row else super().db(dy)
-
-
-class WrittenPastTheEnd(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        x.as_strided((1,), (1,), x.storage_offset() + x.numel()).zero_()
-        return super().finish(y, x)
-
-
-class OneDimensionMore(LayerNorm):
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        return super().finish(y, x).unsqueeze(0)
-
-
-class SavedTensorsFreed(LayerNorm):
-    """One backward and no more."""
-
-    def incoming(self, dy: Tensor) -> Tensor:
-        if self.used:
-            raise RuntimeError("the graph is gone")
-        self.used = True
-        return dy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.used = False
-        return super().__call__(*args, **kwargs)
-
-
-class OtherPathWithoutGradient(LayerNorm):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        found = super().__call__(*args, **kwargs)
-        return found * 1.01 if isinstance(found, Tensor) else tuple(t * 1.01 for t in found)
-
-
-class RowLeak(LayerNorm):
-    """A NaN in the last row reaches the first one; no error bound would show it."""
-
-    def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        y = y.to(x.dtype)
-        y[0] += y[-1] * 0.0
-        return y
-
 
 # --- GELU
 
@@ -354,17 +138,79 @@ class PhiloxCountsColumnsOnly(Softmax):
         return keep_mask(shape[-1:], dropout_p, rng).expand(shape)
 
 
+# --- attention
+
+
+class AttentionTopLeft(Attention):
+    def triangle(self, queries: int, keys: int) -> Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+class AttentionSeesOneAhead(Attention):
+    def triangle(self, queries: int, keys: int) -> Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)
+
+
+class HeadsInterleaved(Attention):
+    """Query head h served by key head h % Hkv."""
+
+    def per_query_head(self, kv: Tensor, heads: int) -> Tensor:
+        return kv.repeat(1, heads // kv.shape[1], 1, 1)
+
+    def sum_over_groups(self, grad: Tensor, kv_heads: int) -> Tensor:
+        return grad.unflatten(1, (-1, kv_heads)).sum(1)
+
+
+class GradientOfOneHeadOfTheGroup(Attention):
+    def sum_over_groups(self, grad: Tensor, kv_heads: int) -> Tensor:
+        return grad.unflatten(1, (kv_heads, -1))[:, :, 0]
+
+
+class MaximumNotCarriedBack(Attention):
+    """An online softmax that does not rescale what it had before a larger score came."""
+
+    def normalise(self, s: Tensor) -> Tensor:
+        e = (s - s.cummax(-1).values).exp().nan_to_num(nan=0.0)
+        return e / e.sum(-1, keepdim=True)
+
+
+class ProbabilitiesAPercentTooLarge(Attention):
+    def normalise(self, s: Tensor) -> Tensor:
+        return super().normalise(s) * 1.01
+
+
+class ScaleForgottenInDq(Attention):
+    def dq(self, ds: Tensor, k: Tensor, scale: float) -> Tensor:
+        return ds @ k
+
+
+class ScaleTwiceInDk(Attention):
+    def dk(self, ds: Tensor, q: Tensor, scale: float) -> Tensor:
+        return super().dk(ds, q, scale) * scale
+
+
+class DvOfUnmaskedProbabilities(Attention):
+    def p_of_dv(self, p: Tensor, s: Tensor) -> Tensor:
+        return self.normalise(s)
+
+
+class MaskIgnoredInBackward(Attention):
+    def mask_in_backward(self, mask: Any) -> Any:
+        return None
+
+
+class DsWithoutItsSum(Attention):
+    def ds(self, p: Tensor, dp: Tensor) -> Tensor:
+        return p * dp
+
+
+class MaskGradientOfTheFirstBatch(Attention):
+    def dmask(self, ds: Tensor, shape: torch.Size) -> Tensor:
+        return ds[0].sum_to_size(shape)
+
+
 FAULTS = {
-    DroppedTailColumn: "bound", PaddingPollutesVariance: "bound", VarianceFromSquares: "bound",
-    StatisticsInBF16: "bound", UnbiasedVariance: "bound", EpsOutsideTheRoot: "bound", DbScaled: "bound",
-    DxScaled: "bound", ScaledByTheFirstGradient: "bound", DwMissesARow: "bound", DwAccumulatedInBF16: "bound",
-    DxWithoutItsMean: "bound", InputMutated: "input mutated", GradientMutated: "input mutated",
-    UnwrittenRow: "not written", Cached: "stale", StreamIsTheResidual: "bound", StreamGradientDropped: "bound",
-    ResidualAfterTheNorm: "bound", OutputsShareMemory: "alias", OutputIsTheInput: "alias", WiderOutput: "dtype",
-    StochasticRounding: "not repeatable", GradientReadAsContiguous: "layout",
-    ExpandedGradientTakenForOneRow: "expanded gradient", RowLeak: "leak",
-    WrittenPastTheEnd: "out of bounds", OneDimensionMore: "shape", SavedTensorsFreed: "raised",
-    OtherPathWithoutGradient: "no-grad differs",
+    **LAYER_NORM_FAULTS,
     TanhForErf: "bound", ErfForTanh: "bound", SigmoidGate: "bound", GateInBF16: "bound", TailCutOff: "bound",
     SlopeWithoutTheBell: "bound", BiasForgottenInBackward: "bound", DbiasAveraged: "bound",
     FutureTokenLeaks: "leak", CausalTopLeft: "bound", HiddenElementsLookedAt: "leak", NoMaximum: "not written",
@@ -372,4 +218,8 @@ FAULTS = {
     ScaleForgottenInTheGradient: "bound", GradientWithoutItsSum: "bound", MaskGradientOfTheFirstHead: "bound",
     MaskGradientAveraged: "bound", DropoutWithoutRescaling: "bound", OtherDropoutInBackward: "bound",
     PhiloxOffsetIgnored: "bound", PhiloxCountsColumnsOnly: "bound",
+    AttentionTopLeft: "bound", AttentionSeesOneAhead: "leak", HeadsInterleaved: "bound",
+    GradientOfOneHeadOfTheGroup: "bound", MaximumNotCarriedBack: "bound", ProbabilitiesAPercentTooLarge: "bound",
+    ScaleForgottenInDq: "bound", ScaleTwiceInDk: "bound", DvOfUnmaskedProbabilities: "bound",
+    MaskIgnoredInBackward: "bound", DsWithoutItsSum: "bound", MaskGradientOfTheFirstBatch: "bound",
 }  # fmt: skip

@@ -14,7 +14,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 
     Inside a dual level it always has: a Function says that it knows no forward mode, a kernel would drop the tangent.
     """
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:

@@ -154,8 +154,11 @@ def check_backend(backend: Backend, source: str = "backend") -> tuple[str, ...]:
     if backend is None:
         return ()
     names = (backend,) if isinstance(backend, str) else backend
-    if not isinstance(names, (tuple, list)) or not names or any(name not in BACKENDS for name in names):
+    if not isinstance(names, (tuple, list)) or not names:
         raise ValueError(f"{source}: expected one or several of {', '.join(BACKENDS)}, got {backend!r}")
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return tuple(names)
 
 

@@ -20,7 +20,8 @@ def keep_large_blocks() -> bool:
     """Tell glibc's malloc to keep large freed blocks for the next allocation, for this whole process.
 
     Faster for everything on the CPU that makes large tensors, PyTorch's own ops included; the price is that
-    memory once used is not given back to the system before the process ends. Off unless called (the command
+    memory once used is not given back to the system before the process ends, and that a few blocks of each large
+    size are kept (an aligned block rarely fits exactly where the last one was). Off unless called (the command
     line calls it); it cannot be undone. Memory of tensors freed before the call is not affected.
 
     Returns:

@@ -94,11 +94,11 @@ def is_written(op: str, backend: str) -> bool:
 def _load(op: str, backend: str) -> ModuleType | str:
     if backend == "reference":
         return importlib.import_module(f"fastgpt.reference.{op}")
-    if backend in ("triton", "cuda") and not (torch.cuda.is_available() or _interpreting()):
-        return "no GPU here"
     name = f"fastgpt_kernels.{backend}.{op}"
     if not _exists(name):
         return f"no {backend} kernel for {op} yet"
+    if backend in ("triton", "cuda") and not (torch.cuda.is_available() or _interpreting()):
+        return "no GPU here"
     try:
         return importlib.import_module(name)
     except ImportError as error:  # a compiled module that is missing or stale says so

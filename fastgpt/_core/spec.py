@@ -101,6 +101,10 @@ class OpSpec:
         grads the gradients of its outputs by name; returns a `Condition` per output ("y") and per gradient
         ("dx", "dweight": "d" + the name of the input). Both must be of broadcastable shape.
     outputs: names of the outputs in order; a call may return fewer (no residual: no stream).
+    restart: None, or `restart(inputs, outputs)` for an op that rounds one of its outputs and computes on: equivalent
+        inputs from the `intermediates` that a call returned, or None where this call has none. The intermediates
+        are judged from the inputs, all else from the restart, as if the call had begun there.
+    intermediates: names of those outputs.
     gradients: names of the inputs that can have a gradient.
     c: the constant of the error bound.
     make_inputs: `make_inputs(case, dtype, draw)`: the keyword arguments of `function`.
@@ -126,5 +130,7 @@ class OpSpec:
     cost: Callable[[Case, torch.dtype], Cost]
     baseline: Callable[..., Any]
     c: float = 16.0
+    restart: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any] | None] | None = None
+    intermediates: tuple[str, ...] = ()
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DEFAULT_ORDERS)
     rule: Callable[..., str | None] | None = None

@@ -74,6 +74,13 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(name: str, value: Any) -> float:
+    """`value` as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
 def mask(name: str, value: Any, other_name: str, other: Tensor, scores: Sequence[int]) -> None:
     """A mask for scores of the given shape: boolean, or float in `other`'s dtype or fp32 (fp64 with fp64)."""
     if not isinstance(value, Tensor):

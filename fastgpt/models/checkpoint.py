@@ -21,11 +21,11 @@ Write = Callable[[str, bytes], None]
 
 @contextmanager
 def atomic_files(directory: str | os.PathLike[str]) -> Iterator[Write]:
-    """`with atomic_files(dir) as write: write(name, data)`: complete files take their places, or none does.
+    """`with atomic_files(dir) as write: write(name, data)`: no file is ever seen half written.
 
     All are complete on disk before the first takes its place, so that whatever fails until then leaves what was
-    there before. Then they are renamed one by one in the order written: each is old or new, never half, but a
-    kill between two renames leaves new ones beside old ones. So write last what the others are useless without.
+    there before. Then they are renamed one by one in the order written; a kill between two renames leaves new
+    files beside old ones.
     """
     os.makedirs(directory, exist_ok=True)
     staged: list[tuple[str, str]] = []
@@ -105,16 +105,16 @@ def read_tensors(path: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         found = load(data)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+    first = next(iter(expected))
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(f"{path}: {name}: expected a tensor of shape {tuple(tensor.shape)}, got none")
         got = found[name]
         if got.shape != tensor.shape:
             raise ValueError(f"{path}: {name}: expected shape {tuple(tensor.shape)}, got {tuple(got.shape)}")
-        first = next(iter(expected))
-        if found[first].dtype not in WEIGHT_DTYPES:
+        if name == first and got.dtype not in WEIGHT_DTYPES:
             names = ", ".join(map(_short, WEIGHT_DTYPES))
-            raise ValueError(f"{path}: {first}: expected one of {names}, got {_short(found[first].dtype)}")
+            raise ValueError(f"{path}: {name}: expected one of {names}, got {_short(got.dtype)}")
         if got.dtype != found[first].dtype:
             raise ValueError(
                 f"{path}: {name}: expected {_short(found[first].dtype)} as {first}, got {_short(got.dtype)}"

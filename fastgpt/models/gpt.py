@@ -216,9 +216,7 @@ class GPT(nn.Module):
         return f"max_seq_length={self.config.max_seq_length}, tie_output={self.config.tie_output}"
 
 
-def check_tokens(
-    tokens: Tensor, targets: Tensor | None, config: GPTConfig, device: torch.device
-) -> None:
+def check_tokens(tokens: Tensor, targets: Tensor | None, config: GPTConfig, device: torch.device) -> None:
     """Types, shapes, dtypes and devices always; the values only where looking is free: eager, on the CPU."""
     check_ids("tokens", tokens, config.vocab_size, device)
     if tokens.dim() != 2:

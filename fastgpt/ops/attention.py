@@ -123,7 +123,8 @@ def _prepare(
         validate.same_device(name, tensor, "q", q)
     if mask is not None:
         validate.mask("mask", mask, "q", q, (batch, heads, queries, keys))
-    return q, k, v, bool(causal), width**-0.5 if scale is None else float(scale), mask
+    scale = max(width, 1) ** -0.5 if scale is None else validate.number("scale", scale)
+    return q, k, v, bool(causal), scale, mask
 
 
 def _heads_inside(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _prepare(
         validate.beside("bias", bias, shape[-1:], wider, "x", x)
     if residual is not None:
         validate.beside("residual", residual, shape, wider, "x", x)
-    return x, weight, bias, residual, float(eps)
+    return x, weight, bias, residual, validate.number("eps", eps)
 
 
 def _fwd_fake(
@@ -173,6 +174,13 @@ def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     if "eps" in options:
         inputs["eps"] = options["eps"]
     return inputs
+
+
+def _restart(inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """0 + stream: the rounded stream is what is normalised."""
+    if inputs.get("residual") is None:
+        return None
+    return {**inputs, "x": torch.zeros_like(inputs["x"]), "residual": outputs["stream"]}
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -241,6 +249,8 @@ SPEC = register(
         condition=reference.condition,
         outputs=("y", "stream"),
         gradients=("x", "weight", "bias", "residual"),
+        restart=_restart,
+        intermediates=("stream",),
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,

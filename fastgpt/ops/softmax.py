@@ -46,7 +46,7 @@ def softmax(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if rng is None and dropout_p > 0.0 and isinstance(x, Tensor):
+    if rng is None and dropout_p and isinstance(x, Tensor):
         rng = torch.randint(0, 2**62, (2,), device=x.device)
     args = _prepare(x, scale=scale, mask=mask, causal=causal, dropout_p=dropout_p, rng=rng)
     chosen = choose(SPEC, args, backend)
@@ -105,6 +105,7 @@ def _prepare(
         raise ValueError(f"x: expected [..., Tq, Tk] for causal, got shape {tuple(x.shape)}")
     if mask is not None:
         validate.mask("mask", mask, "x", x, x.shape)
+    dropout_p = validate.number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if dropout_p == 0.0:
@@ -113,7 +114,7 @@ def _prepare(
         if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or rng.shape != (2,):
             raise ValueError(f"rng: expected an int64 tensor of shape (2,) (seed, offset), got {rng!r}")
         validate.same_device("rng", rng, "x", x)
-    return x, float(scale), mask, bool(causal), float(dropout_p), rng
+    return x, validate.number("scale", scale), mask, bool(causal), dropout_p, rng
 
 
 def _fwd_fake(

@@ -33,7 +33,10 @@ def layer_norm(
 
 
 def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[str, Condition]:
-    """Amplitudes of y, s and the gradients; first order in the rounding of every step."""
+    """Amplitudes of y, s and the gradients; first order in the rounding of every step.
+
+    They hold for inputs whose s is exact in its dtype: with a residual, the op restarts from the s that it returned.
+    """
     x, weight, bias, residual = (inputs.get(name) for name in ("x", "weight", "bias", "residual"))
     assert x is not None
     one = torch.ones((), dtype=x.dtype, device=x.device)
@@ -45,8 +48,6 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     xhat_abs = (s_abs + s_abs.mean(-1, keepdim=True)) * rstd  # what an error in xhat is relative to
     found = {"y": Condition(xhat_abs * w + (0 if bias is None else bias.abs()))}
     if residual is not None:
-        # The stream is rounded to its own dtype before the statistics: that error passes through y.
-        found["y"] = Condition(found["y"].amplitude, xhat_abs * w, rounded_like="residual")
         found["stream"] = Condition(s_abs)
     dy = grads.get("y")
     dstream = grads.get("stream")
@@ -57,17 +58,11 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     c2 = (dy * xhat * (one if weight is None else weight)).mean(-1, keepdim=True).abs()
     c2_abs = (wdy * xhat_abs).mean(-1, keepdim=True)
     dx = rstd * (wdy + wdy_mean + xhat_abs * c2 + xhat.abs() * c2_abs)
-    if dstream is not None:
+    if dstream is not None:  # added in fp32; the sum is rounded once
         dx = dx + dstream.abs()
-    rounded = dx if residual is not None else None
-    found["dx"] = found["dresidual"] = Condition(dx, rounded, rounded_like="residual")
+    found["dx"] = found["dresidual"] = Condition(dx)
     columns = x.shape[-1:]
-    dweight = dy.abs() * xhat_abs
-    found["dweight"] = Condition(
-        dweight.sum_to_size(columns),
-        None if residual is None else dweight.sum_to_size(columns),
-        rounded_like="residual",
-    )
+    found["dweight"] = Condition((dy.abs() * xhat_abs).sum_to_size(columns))
     found["dbias"] = Condition(dy.abs().sum_to_size(columns))
     return found
 

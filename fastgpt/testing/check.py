@@ -6,8 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,78 +18,9 @@ from fastgpt._core.spec import BACKENDS, Case, OpSpec
 from fastgpt.testing.bounds import Comparison
 from fastgpt.testing.inputs import DTYPE_NAMES, DTYPES, Problem, as_tuple, dtypes_of, problem
 from fastgpt.testing.memory import LAYOUTS, OutputGuards, Placed, place_expanded, poisoned, same_bits
+from fastgpt.testing.report import Failure, Report, Row
 
-HAZARDS = {
-    "raised": "the call raised",
-    "shape": "a result has the wrong shape, or is missing",
-    "dtype": "a result has the wrong dtype",
-    "bound": "a result is outside its error bound",
-    "not written": "an element is NaN where the exact result is not",
-    "input mutated": "an input or an incoming gradient was changed",
-    "out of bounds": "memory outside of a tensor was written",
-    "alias": "a result shares memory with an input or an output",
-    "layout": "wrong for inputs or gradients that are not contiguous or not aligned",
-    "expanded gradient": "wrong for an expanded incoming gradient, as .sum() sends it",
-    "stale": "wrong when the same tensors come again with other values: something was cached",
-    "not repeatable": "the same call gives other bits",
-    "no-grad differs": "the call gives other bits under no_grad",
-    "leak": "a result changes with elements that it does not depend on",
-}
-
-
-class Row(NamedTuple):
-    """One output or gradient of one case; pytorch: what a PyTorch user's own code gives, None where it cannot."""
-
-    case: str
-    dtype: str
-    output: str
-    kernel: Comparison
-    pytorch: Comparison | None
-
-
-class Failure(NamedTuple):
-    """A hazard (a key of HAZARDS) that one case ran into."""
-
-    case: str
-    dtype: str
-    hazard: str
-    detail: str
-
-
-@dataclass
-class Report:
-    """What `check` found; `ok` if nothing failed and something was checked. Printable."""
-
-    op: str
-    implementation: str
-    rows: list[Row] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # (case, dtype, reason)
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.rows) and not self.failures
-
-    @property
-    def hazards(self) -> set[str]:
-        return {failure.hazard for failure in self.failures}
-
-    def worst(self) -> list[Row]:
-        """For each dtype and output the row that comes closest to its bound or is furthest past it."""
-        found: dict[tuple[str, str], Row] = {}
-        for row in self.rows:
-            known = found.get((row.dtype, row.output))
-            if known is None or row.kernel.ratio > known.kernel.ratio:
-                found[row.dtype, row.output] = row
-        return list(found.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.op} by {self.implementation}: {'ok' if self.ok else 'FAILED'}"]
-        lines += table([self])
-        lines += [f"  {f.case} {f.dtype}: {f.hazard}: {f.detail}" for f in self.failures]
-        if self.skipped:
-            lines.append(f"  {len(self.skipped)} of its cases not run, e.g. {' '.join(self.skipped[0])}")
-        return "\n".join(lines)
+T = TypeVar("T")
 
 
 def check(
@@ -138,28 +68,6 @@ def check(
     return report
 
 
-def table(reports: Iterable[Report]) -> list[str]:
-    """The worst element of each op, implementation, dtype and output, with PyTorch's own error beside it."""
-    lines = [
-        ("op", "by", "dtype", "result", "error", "bound", "ratio", "PyTorch error", "ratio", "worst case", "")
-    ]
-    for report in reports:
-        for row in report.worst():
-            kernel, pytorch = row.kernel, row.pytorch
-            lines.append((
-                report.op, report.implementation.removeprefix("backend "), row.dtype, row.output,
-                f"{kernel.error:.2e}", f"{kernel.bound:.2e}", f"{kernel.ratio:.2f}",
-                "-" if pytorch is None else f"{pytorch.error:.2e}",
-                "-" if pytorch is None else f"{pytorch.ratio:.2f}",
-                row.case, "" if kernel.ok else "MISS",
-            ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
 class _Session:
     """One implementation on one case and dtype: runs it under poison and guards, and notes what goes wrong."""
 
@@ -192,26 +100,21 @@ class _Session:
         self, placed: dict[str, Placed], grads: Mapping[str, Tensor], watched: Sequence[Placed] = ()
     ) -> dict[str, Tensor] | None:
         """Outputs and gradients by name; None if there is nothing to look at. `watched` hold the gradients."""
-        call = {**self.problem.inputs, **{name: p.tensor.detach() for name, p in placed.items()}}
+        call = self._call(placed)
         leaves = [call[name].requires_grad_() for name in self.problem.leaves]
-        try:
-            outputs = as_tuple(self.function(**call))
-            if len(outputs) != len(grads):
-                self.fail("shape", f"expected {len(grads)} outputs, got {len(outputs)}")
-                return None
-            found = {name: y.detach() for name, y in zip(grads, outputs, strict=True)}
-            if not self._well_formed(found):
-                return None
-            both = [
+        outputs = self._attempt(lambda: as_tuple(self.function(**call)))
+        found = None if outputs is None else self._named(outputs)
+        if outputs is None or found is None:
+            return None
+        both = self._attempt(
+            lambda: [
                 torch.autograd.grad(
                     outputs, leaves, list(grads.values()), retain_graph=True, allow_unused=True
                 )
                 for _ in range(2)
             ]
-        except (NotImplementedError, BackendError):
-            raise
-        except Exception as error:
-            self.fail("raised", f"{type(error).__name__}: {error}")
+        )
+        if both is None:
             return None
         for name, grad, again in zip(self.problem.leaves, *both, strict=True):
             if grad is None:
@@ -226,20 +129,53 @@ class _Session:
         self._aliases(found, call)
         return found
 
-    def judge(self, got: Mapping[str, Tensor], problem: Problem, hazard: str) -> None:
-        """Every result inside the bound of `problem`, or `hazard`."""
-        for name, value in got.items():
-            comparison = problem.compare(name, value)
+    def run_without_grad(self, placed: dict[str, Placed]) -> dict[str, Tensor] | None:
+        """Outputs by name under no_grad; None if there is nothing to look at."""
+        with torch.no_grad():
+            outputs = self._attempt(lambda: as_tuple(self.function(**self._call(placed))))
+        return None if outputs is None else self._named(outputs)
+
+    def judge(
+        self, got: Mapping[str, Tensor], problem: Problem, hazard: str, gradients: str | None = None
+    ) -> dict[str, Comparison]:
+        """Every result inside the bound of `problem`, or `hazard`; of the gradients, or `gradients`."""
+        comparisons = problem.compare(got)
+        for name, comparison in comparisons.items():
             if not comparison.ok:
                 unwritten = (
                     hazard == "bound" and math.isnan(comparison.got) and not math.isnan(comparison.exact)
                 )
-                self.fail("not written" if unwritten else hazard, f"{name} {comparison}")
+                found = hazard if gradients is None or name in problem.output_grads else gradients
+                self.fail("not written" if unwritten else found, f"{name} {comparison}")
+        return comparisons
 
     def same(self, got: Mapping[str, Tensor], other: Mapping[str, Tensor], hazard: str) -> None:
         for name in got.keys() & other.keys():
             if not same_bits(got[name], other[name]):
                 self.fail(hazard, f"{name} differs")
+
+    def _call(self, placed: Mapping[str, Placed]) -> dict[str, Any]:
+        return {**self.problem.inputs, **{name: p.tensor.detach() for name, p in placed.items()}}
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None, and a failure noted, if it raises."""
+        try:
+            return work()
+        except (NotImplementedError, BackendError):  # it does not take this case
+            raise
+        except Exception as error:
+            self.fail("raised", f"{type(error).__name__}: {error}")
+            return None
+
+    def _named(self, outputs: tuple[Any, ...]) -> dict[str, Tensor] | None:
+        """The outputs by name; None, and a failure noted, if they are not what a call returns."""
+        names = self.problem.output_grads
+        if len(outputs) != len(names) or not all(isinstance(y, Tensor) for y in outputs):
+            got = ", ".join(type(y).__name__ for y in outputs)
+            self.fail("shape", f"expected {len(names)} tensors, got {len(outputs)} results ({got})")
+            return None
+        found = {name: y.detach() for name, y in zip(names, outputs, strict=True)}
+        return found if self._well_formed(found) else None
 
     def _well_formed(self, found: Mapping[str, Tensor]) -> bool:
         for name, value in found.items():
@@ -311,29 +247,22 @@ def _prove(session: _Session, second: Problem) -> Iterator[tuple[str, Comparison
     if base is None:
         return
     base = {name: value.clone() for name, value in base.items()}
-    session.judge(base, first, "bound")
-    for name, value in base.items():
-        yield name, first.compare(name, value)
+    yield from session.judge(base, first, "bound").items()
 
     # The same tensors with other values, under an expanded gradient; then the first values again.
     for name, p in placed.items():
         p.write(second.inputs[name])
     other = session.run(placed, {name: place_expanded(dy) for name, dy in second.output_grads.items()})
     if other is not None:
-        session.judge({k: v for k, v in other.items() if k in first.output_grads}, second, "stale")
-        session.judge(
-            {k: v for k, v in other.items() if k not in first.output_grads}, second, "expanded gradient"
-        )
+        session.judge(other, second, "stale", gradients="expanded gradient")
     for name, p in placed.items():
         p.write(first.inputs[name])
     again = session.run(placed, {name: p.tensor for name, p in incoming.items()}, list(incoming.values()))
     if again is not None:
         session.same(again, base, "not repeatable")
-    with torch.no_grad():
-        outputs = as_tuple(
-            session.function(**{**first.inputs, **{name: p.tensor for name, p in placed.items()}})
-        )
-    session.same(dict(zip(first.output_grads, outputs, strict=False)), base, "no-grad differs")
+    without = session.run_without_grad(placed)
+    if without is not None:
+        session.same(without, base, "no-grad differs")
 
     for layout in LAYOUTS[1:]:
         incoming = {name: Placed(dy, layout) for name, dy in first.output_grads.items()}

@@ -14,8 +14,9 @@ import torch
 import fastgpt.ops  # noqa: F401  (registers the ops)
 from fastgpt._core import registry
 from fastgpt._core.spec import BACKENDS, OpSpec
-from fastgpt.testing.check import HAZARDS, Failure, Report, check, table
+from fastgpt.testing.check import check
 from fastgpt.testing.inputs import DTYPES
+from fastgpt.testing.report import HAZARDS, Failure, Report, table
 
 
 def run_check(
@@ -112,10 +113,11 @@ def load(path: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # a module that it needs itself
-        raise ValueError(f"implementation: no module {module_name!r} here or on the path") from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+            raise ValueError(f"implementation: no module {module_name!r} here or on the path") from None
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"implementation: {module_name} cannot be imported: {said}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"implementation: {module_name} has no function {function_name!r}")

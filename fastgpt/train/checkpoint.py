@@ -26,13 +26,13 @@ def check_can_save(path: str | os.PathLike[str], names: Sequence[str] = FILES) -
     hours of work. Leaves nothing behind, not even the directory if there was none."""
     for module in WRITERS:
         importlib.import_module(module)
-    path = os.path.abspath(path)
+    path = os.fspath(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise NotADirectoryError(f"{path}: expected a directory or nothing, got a file")
     for name in names:
         refuse_non_file(os.path.join(path, name))
     made, parent = [], path
-    while not os.path.exists(parent):
+    while parent and not os.path.exists(parent):
         made.append(parent)
         parent = os.path.dirname(parent)
     try:

@@ -45,6 +45,8 @@ class BPETokenizer:
         """Byte-level BPE as in GPT-2: every text can be encoded, and decodes to itself."""
         if vocab_size < 256:
             raise ValueError(f"vocab_size: expected at least 256 (one token a byte), got {vocab_size}")
+        if vocab_size > 2**31:
+            raise ValueError(f"vocab_size: expected at most 2**31, got {vocab_size}")
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
