@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from honest_ops import GELU, Attention, LayerNorm, Softmax
 from torch import Tensor
 from wrong_ops import FAULTS
@@ -53,6 +54,18 @@ def test_honest_is_accepted(op: str, dtype: str) -> None:
     report = check(op, HONEST[op], dtypes=[dtype])
     assert report.ok, report
     assert not report.skipped
+
+
+def test_what_follows_the_stream_is_judged_from_the_stream_that_was_returned() -> None:
+    class OneUlpUp(LayerNorm):
+        def stream(self, x: Tensor, residual: Tensor) -> Tensor:
+            total = super().stream(x, residual)
+            return torch.nextafter(total, torch.full_like(total, torch.inf))
+
+    report = check("layer_norm", OneUlpUp(), dtypes=["fp32"], cases=["5x1031-residual-mean_100.0"])
+    assert report.ok, report
+    (y,) = (row.kernel.ratio for row in report.rows if row.output == "y")
+    assert y < 0.2  # from the inputs it would be a shift of every element
 
 
 def test_an_empty_check_is_not_ok() -> None:

@@ -38,6 +38,8 @@ def test_articles_model_raises_as_said() -> None:
         model(torch.zeros(3, 1, 8))
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:fastgpt|csrc|tests|benchmarks)/[\w/.]+)`", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:fastgpt|csrc|tests|benchmarks)/[\w/.]+)`", README)))
+)
 def test_named_files_exist(path: str) -> None:
     assert (ROOT / path).exists()

@@ -58,7 +58,7 @@ struct Parts {
 
 // Rows added into one accumulator before it is flushed into the part's own: two levels keep long sums
 // accurate.
-constexpr int64_t kFlushRows = 64;
+constexpr int64_t kFlushRows = 16;
 
 // fp32 scratch memory, aligned to a cache line; small sizes live on the stack.
 class Scratch {

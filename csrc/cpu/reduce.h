@@ -17,8 +17,18 @@ void reduce_parts(const float* sums, int64_t parts, int64_t stride, int64_t n, T
   if (out == nullptr) return;
   parallel_chunks(n, 1024, parts * n, num_threads, [&](int64_t begin, int64_t end) {
     for_lanes<1>(end - begin, [&](int64_t k, int, auto lanes) FG_LAMBDA {
+      // Pairwise: equal rows, as .sum() sends them, all err to the same side.
+      F level[7];  // at most 64 parts
+      for (int64_t p = 0; p < parts; ++p) {
+        F total = load(sums + p * stride + begin + k, lanes);
+        int d = 0;
+        for (int64_t full = p; full & 1; full >>= 1) total = level[d++] + total;
+        level[d] = total;
+      }
       F total = set(0.0f);
-      for (int64_t p = 0; p < parts; ++p) total = total + load(sums + p * stride + begin + k, lanes);
+      for (int d = 0; d < 7; ++d) {
+        if (parts >> d & 1) total = total + level[d];
+      }
       store(out + begin + k, total, lanes);
     });
   });

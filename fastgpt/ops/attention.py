@@ -254,6 +254,6 @@ SPEC = register(
         bench_cases=_BENCH,
         cost=_cost,
         baseline=_baseline,
-        c=32.0,
+        c=8.0,
     )
 )

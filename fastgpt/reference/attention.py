@@ -65,7 +65,7 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     ds_underflow = kept * (1.0 + dp_abs + inner_rounded)
     dout_abs = dout.abs()
     ds_parts = (ds_error, ds_rounded, ds_underflow)
-    found["dq"] = Condition._make([*(abs(scale) * (part @ k.abs()) for part in ds_parts), None])
+    found["dq"] = Condition._make(abs(scale) * (part @ k.abs()) for part in ds_parts)
     dk = [abs(scale) * (part.mT @ q.abs()) for part in ds_parts]
     dv = [part.mT @ dout_abs for part in (p_error + p, p, kept)]
     for name, parts in (("dk", dk), ("dv", dv)):
@@ -74,7 +74,7 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
             rounded = 2.0 * rounded  # each query head's share is rounded before the shares are summed
         found[name] = Condition(amplitude, rounded, underflow)
     if mask is not None and mask.dtype != torch.bool:
-        found["dmask"] = Condition._make([*(part.sum_to_size(mask.shape) for part in ds_parts), None])
+        found["dmask"] = Condition._make(part.sum_to_size(mask.shape) for part in ds_parts)
     return found
 
 

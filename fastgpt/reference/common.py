@@ -17,13 +17,11 @@ class Condition(NamedTuple):
     rounded: the same for an intermediate that is rounded on purpose, or None.
     underflow: how much of the output one unit of absolute error in that intermediate is: below the smallest
         normal number of its dtype, rounding is off by up to eta = unit_roundoff * smallest normal.
-    rounded_like: the input whose dtype the intermediate is rounded to; by default the op's first.
     """
 
     amplitude: Tensor
     rounded: Tensor | None = None
     underflow: Tensor | None = None
-    rounded_like: str | None = None
 
 
 def upcast(x: Tensor) -> Tensor:

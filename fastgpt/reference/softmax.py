@@ -86,9 +86,7 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     found["dx"] = Condition(abs(scale) * ds, abs(scale) * rounded, abs(scale) * underflow)
     if float_mask is not None:
         shape = float_mask.shape
-        found["dmask"] = Condition._make(
-            [*(part.sum_to_size(shape) for part in (ds, rounded, underflow)), None]
-        )
+        found["dmask"] = Condition._make(part.sum_to_size(shape) for part in (ds, rounded, underflow))
     return found
 
 

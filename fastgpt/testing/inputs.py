@@ -140,9 +140,7 @@ class Problem:
         error = {}
         for name, value in exact.items():
             condition = conditions[name]
-            like = inputs.get(condition.rounded_like or "")
-            rounded_to = self.dtype if like is None else like.dtype
-            error[name] = allowed_error(self.spec.c, condition, rounded_to, value.shape, working)
+            error[name] = allowed_error(self.spec.c, condition, self.dtype, value.shape, working)
         return exact, error
 
 
