@@ -235,7 +235,9 @@ def main(args: Sequence[str] | None = None) -> int:
         import tyro
 
         import fastgpt
+        from fastgpt._core.dispatch import check_environment
 
+        check_environment()
         fastgpt.keep_large_blocks()
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="fastgpt", description="GPT models on fused kernels.", args=args

@@ -380,16 +380,19 @@ def test_demo_in_small(
 def test_as_a_process(tmp_path: Path) -> None:
     """`python -m fastgpt`: the exit code and nothing but the one line; a usage mistake is 2 as well."""
 
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
+    def run(*args: str, **settings: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(p for p in sys.path if p)
         return subprocess.run(
             [sys.executable, "-m", "fastgpt", *args],
-            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, **settings},
         )  # fmt: skip
 
     wrong = run("generate", "--model", "nowhere", "--prompt", "a")
     line = "fastgpt: error: nowhere: expected a directory with a saved model, got none\n"
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", line)
+    setting = run("doctor", FASTGPT_BACKEND="nonsense")
+    assert (setting.returncode, setting.stdout) == (2, "")
+    assert setting.stderr.startswith("fastgpt: error: FASTGPT_BACKEND: expected one of cpu")
     usage = run("train", "--steps", "many")
     assert usage.returncode == 2
     assert "--steps" in usage.stderr
