@@ -128,7 +128,11 @@ _BENCH = tuple(
     Case(shape, {**form, "bias": True})
     for form in _FORMS
     for shape in ((64, 3072), (512, 3072), (2048, 3072))
-) + tuple(Case((2048, 3072), form) for form in _FORMS)
+) + (
+    *(Case((2048, 3072), form) for form in _FORMS),
+    # Past the 32 MiB where glibc maps every block afresh: what `keep_large_blocks` is for.
+    Case((8192, 3072), {"approximate": "tanh", "bias": True}),
+)
 
 SPEC = register(
     OpSpec(
