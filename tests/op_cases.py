@@ -80,6 +80,11 @@ def form_ids() -> list[tuple[str, Case]]:
     return [(op, case) for op in OPS for case in forms(op)]
 
 
+def one_dtype(case: Case) -> bool:
+    """Whether all floating inputs of the case have one dtype, so that it exists in fp64."""
+    return not case.mixed and case.options.get("mask") != "fp32"
+
+
 def form_problem(op: str, case: Case, dtype: torch.dtype | None = None) -> Problem:
     """The problem of a form, by default in the first dtype that it has."""
     return problem(registry.get(op), case, dtypes_of(case)[0] if dtype is None else dtype)

@@ -32,7 +32,7 @@ def faults_per_call(keep: bool) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux with glibc")
 def test_large_outputs_are_not_faulted_in_again() -> None:
     """Importing fastgpt alone changes nothing; the call does."""
     without, kept = faults_per_call(False), faults_per_call(True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastgpt._core import registry
-from fastgpt._core.spec import BACKENDS, OpSpec
+from fastgpt._core.spec import ANY_DEVICE, BACKENDS, OpSpec
 
 # One backend, or several to be tried in that order and no other.
 Backend = str | Sequence[str] | None
@@ -90,7 +90,7 @@ def choose(spec: OpSpec, args: tuple[Any, ...], backend: Backend = None) -> str:
 
 def order(spec: OpSpec, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends for this call, best first."""
-    names = spec.orders.get(args[0].device.type, ("torch", "reference"))
+    names = spec.orders.get(args[0].device.type, ANY_DEVICE)
     first = spec.rule(*args) if spec.rule is not None else None
     if first is None:
         return names

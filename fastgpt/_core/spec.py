@@ -22,6 +22,7 @@ DEFAULT_ORDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch", "reference"),
     "cuda": ("triton", "cuda", "torch", "reference"),
 }
+ANY_DEVICE = ("torch", "reference")  # where an op names no order
 
 
 @dataclass(frozen=True)

@@ -115,18 +115,13 @@ def _bias(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tens
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and (not causal or queries == keys):
         return None, causal
-    hidden = None
-    if causal:
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(1 + keys - queries)
-    if mask is None or mask.dtype == torch.bool:
-        if mask is not None:
-            hidden = ~mask if hidden is None else ~mask | hidden
-        assert hidden is not None
-        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    else:
-        bias = mask.to(q.dtype) if mask.dtype != torch.float32 else mask  # SDPA takes q's dtype or fp32
-        if hidden is not None:
-            bias = bias.masked_fill(hidden, -torch.inf)
+    added, hidden = _scores(q, k, causal, mask)
+    assert hidden is not None
+    if added is None:
+        added = torch.zeros((), dtype=q.dtype, device=q.device)
+    elif added.dtype != torch.float32:  # SDPA takes q's dtype or fp32
+        added = added.to(q.dtype)
+    bias = added.masked_fill(hidden, -torch.inf)
     return bias.view((1,) * (4 - bias.dim()) + tuple(bias.shape)), False
 
 
