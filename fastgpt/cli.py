@@ -200,6 +200,7 @@ def check(
     dtype: str | None = None,
     implementation: str | None = None,
     case: str | None = None,
+    device: str = "cpu",
 ) -> int:
     """Prove the kernels against the exact reference; exit code 1 if one misses its error bound.
 
@@ -209,10 +210,11 @@ def check(
         dtype: Only this dtype: fp32, bf16 or fp16.
         implementation: Check your own function instead, as module:function (needs --op).
         case: Only this case, as the lines that repeat a failure name it.
+        device: cpu, cuda or auto.
     """
     from fastgpt.testing.cli import run_check
 
-    return run_check(op, backend, dtype, implementation, case)
+    return run_check(op, backend, dtype, implementation, case, _device(device))
 
 
 def doctor(table: bool = False) -> int:

@@ -190,12 +190,7 @@ class CausalSelfAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
             raise ValueError(f"x: expected [B, T, {self.c_attn.in_features}], got {tuple(x.shape)}")
         batch, length, dim = x.shape
-        # Split before the heads: backward then joins the three gradients in one copy.
-        q, k, v = (
-            part.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)  # [B, H, T, D]
-            for part in self.c_attn(x).split(dim, dim=-1)
-        )
-        out = ops.attention(q, k, v, causal=True, mask=mask, backend=self.backend)
+        out = ops.attention_qkv(self.c_attn(x), self.num_heads, causal=True, mask=mask, backend=self.backend)
         out = self.c_proj(out.transpose(1, 2).reshape(batch, length, dim))
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
 

@@ -8,6 +8,8 @@ import fastgpt_kernels
 import pytest
 import torch
 
+from fastgpt._core.registry import EMULATED
+
 torch.set_num_threads(1)  # the shapes are small, and the machines that test are shared
 
 
@@ -21,3 +23,14 @@ def _settings_restored() -> Iterator[None]:
     torch.set_num_threads(1)
     if cpu and cpu.isa() != level:
         cpu.set_isa(level)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on an emulated backend is marked as such, wherever its parameters come from."""
+    emulated = {name for name, on in EMULATED.items() if on}
+    for item in items:
+        for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+            backend = getattr(value, "backend", value)  # a Variant, or a name
+            if isinstance(backend, str) and backend in emulated:
+                item.add_marker("interpreter")

@@ -1,4 +1,7 @@
-"""Honest implementations of every op, in small replaceable parts: `wrong_ops` breaks one part at a time."""
+"""Honest implementations of every op, in small replaceable parts: `wrong_ops` breaks one part at a time.
+
+Those of attention are in `honest_attention`.
+"""
 
 from __future__ import annotations
 
@@ -212,89 +215,3 @@ class Softmax:
                 ) if needs else None
 
         return Function.apply(x, mask)
-
-
-class Attention:
-    """softmax(scale * q @ k^T + mask) @ v, one product after the other."""
-
-    def triangle(self, queries: int, keys: int) -> Tensor:
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-    def per_query_head(self, kv: Tensor, heads: int) -> Tensor:
-        return kv.repeat_interleave(heads // kv.shape[1], dim=1)
-
-    def sum_over_groups(self, grad: Tensor, kv_heads: int) -> Tensor:
-        return grad.unflatten(1, (kv_heads, -1)).sum(2)
-
-    def normalise(self, s: Tensor) -> Tensor:
-        return torch.softmax(s, -1)
-
-    def mask_in_backward(self, mask: Any) -> Any:
-        return mask
-
-    def p_of_dv(self, p: Tensor, s: Tensor) -> Tensor:
-        return p
-
-    def ds(self, p: Tensor, dp: Tensor) -> Tensor:
-        return p * (dp - (p * dp).sum(-1, keepdim=True))
-
-    def dq(self, ds: Tensor, k: Tensor, scale: float) -> Tensor:
-        return scale * (ds @ k)
-
-    def dk(self, ds: Tensor, q: Tensor, scale: float) -> Tensor:
-        return scale * (ds.mT @ q)
-
-    def dmask(self, ds: Tensor, shape: torch.Size) -> Tensor:
-        return ds.sum_to_size(shape)
-
-    def probabilities(self, s: Tensor, mask: Any, causal: bool) -> tuple[Tensor, Tensor]:
-        """(p, what is seen)."""
-        seen = torch.ones(s.shape, dtype=torch.bool)
-        if causal:
-            seen = seen & self.triangle(*s.shape[-2:])
-        if mask is not None and mask.dtype == torch.bool:
-            seen = seen & mask
-        elif mask is not None:
-            s = s + mask.float()
-        return self.normalise(s.masked_fill(~seen, -torch.inf)).masked_fill(~seen, 0.0), seen
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = False,
-        scale: float | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-
-        def wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            heads = q.shape[1]
-            return q.float(), self.per_query_head(k.float(), heads), self.per_query_head(v.float(), heads)
-
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-                ctx.save_for_backward(q, k, v, mask)
-                q_wide, k_wide, v_wide = wide(q, k, v)
-                p, _ = self.probabilities(factor * (q_wide @ k_wide.mT), mask, causal)
-                return (p @ v_wide).to(q.dtype)
-
-            @staticmethod
-            def backward(ctx: Any, dout: Tensor) -> Any:
-                q, k, v, mask = ctx.saved_tensors
-                q_wide, k_wide, v_wide = wide(q, k, v)
-                g, s = dout.float(), factor * (q_wide @ k_wide.mT)
-                p, seen = self.probabilities(s, self.mask_in_backward(mask), causal)
-                ds = self.ds(p, g @ v_wide.mT).masked_fill(~seen, 0.0)
-                dk, dv = self.dk(ds, q_wide, factor), self.p_of_dv(p, s).mT @ g
-                return (
-                    self.dq(ds, k_wide, factor).to(q.dtype),
-                    self.sum_over_groups(dk, k.shape[1]).to(k.dtype),
-                    self.sum_over_groups(dv, k.shape[1]).to(v.dtype),
-                    self.dmask(ds, mask.shape).to(mask.dtype) if ctx.needs_input_grad[3] else None,
-                )
-
-        return Function.apply(q, k, v, mask)

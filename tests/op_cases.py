@@ -1,8 +1,13 @@
-"""What the generated tests run over: the registry's ops and cases, the backends and SIMD levels of this machine."""
+"""What the generated tests run over: the registry's ops and cases, the backends and SIMD levels of this machine.
+
+FASTGPT_TEST_DEVICE=cuda runs them on tensors of a GPU, over the backends that run there (`make gpu`).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,9 +17,15 @@ import fastgpt_kernels
 import torch
 
 import fastgpt.ops  # noqa: F401  (registers the ops)
+from fastgpt import testing
 from fastgpt._core import library, registry
 from fastgpt._core.spec import BACKENDS, Case, OpSpec
-from fastgpt.testing.inputs import DTYPE_NAMES, Problem, dtypes_of, problem
+from fastgpt.testing import inputs
+from fastgpt.testing.inputs import DTYPE_NAMES, Problem, dtypes_of
+
+DEVICE = os.environ.get("FASTGPT_TEST_DEVICE", "cpu")
+check = functools.partial(testing.check, device=DEVICE)
+problem = functools.partial(inputs.problem, device=DEVICE)
 
 OPS = [spec.name for spec in registry.ops()]
 
@@ -30,13 +41,18 @@ class Variant(NamedTuple):
         """ "cpu" is the best level that this machine has, "cpu_avx2" another."""
         return self.backend if self.level is None else f"{self.backend}_{self.level}"
 
+    @property
+    def emulated(self) -> bool:
+        """Whether a GPU's kernels run on this CPU, a thousand times slower."""
+        return registry.EMULATED.get(self.backend, False)
+
     def enter(self) -> None:
         if self.level is not None:
             fastgpt_kernels.load_cpu().set_isa(self.level)
 
 
 def variants(op: str) -> list[Variant]:
-    """Everything on this machine that runs `op` on CPU tensors."""
+    """Everything on this machine that runs `op` on the tensors under test."""
     found = []
     for backend in backends(op):
         found.append(Variant(backend))
@@ -46,10 +62,10 @@ def variants(op: str) -> list[Variant]:
 
 
 def backends(op: str) -> list[str]:
-    """The backends that have a module for `op` and run on CPU tensors."""
+    """The backends that have a module for `op` and run on the tensors under test."""
     modules = {name: registry.module(op, name) for name in BACKENDS}
     return [
-        name for name in BACKENDS if isinstance(modules[name], ModuleType) and registry.runs_on(name, "cpu")
+        name for name in BACKENDS if isinstance(modules[name], ModuleType) and registry.runs_on(name, DEVICE)
     ]
 
 

@@ -20,6 +20,40 @@ def f(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> t
 bf16, fp16, fp64, int64 = torch.bfloat16, torch.float16, torch.float64, torch.int64
 RNG = torch.tensor([1, 2])
 
+
+def i(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def attend(q: Any = None, **options: Any) -> Any:
+    """attention of q [2, 4, 3, 8] and k, v [2, 2, 5, 8]."""
+    q = f(2, 4, 3, 8) if q is None else q
+    k = f(2, 2, 5, 8, dtype=getattr(q, "dtype", torch.float32))
+    return ops.attention(q, k, k, **options)
+
+
+def attend_qkv(*shape: int, num_heads: Any = 2, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return ops.attention_qkv(f(*(shape or (2, 5, 24)), dtype=dtype), num_heads, **options)
+
+
+def attend_varlen(
+    cu_q: Any = None,
+    cu_k: Any = None,
+    max_q: Any = 4,
+    max_k: Any = 3,
+    q: Any = None,
+    v: Any = None,
+    **options: Any,
+) -> Any:
+    """attention_varlen of 6 queries of 4 heads and 5 keys of 2 in two documents."""
+    cu_q, cu_k = i(0, 4, 6) if cu_q is None else cu_q, i(0, 2, 5) if cu_k is None else cu_k
+    q, k, v = f(6, 4, 8) if q is None else q, f(5, 2, 8), f(5, 2, 8) if v is None else v
+    return ops.attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+SLOPES = "alibi_slopes:"
+WINDOW = ["window:", "a number of keys >= 1", "(left, right)"]
+
 # (op, the call, exception, what the message says: name, expected, got)
 WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("layer_norm", "list", lambda: ops.layer_norm([1.0]), TypeError, ["x:", "tensor", "list"]),
@@ -66,6 +100,115 @@ WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("attention", "dtype", lambda: ops.attention(f(1, 2, 2, 8), f(1, 2, 2, 8, dtype=bf16), f(1, 2, 2, 8)), TypeError, ["k:", "float32", "bfloat16"]),
     ("attention", "device", lambda: ops.attention(f(1, 2, 2, 8), f(1, 2, 2, 8), f(1, 2, 2, 8, device="meta")), ValueError, ["v:", "cpu", "meta"]),
     ("attention", "mask", lambda: ops.attention(f(1, 2, 2, 8), f(1, 2, 3, 8), f(1, 2, 3, 8), mask=f(2, 2)), ValueError, ["mask:", "(1, 2, 2, 3)", "(2, 2)"]),
+    ("attention", "list", lambda: attend([1.0]), TypeError, ["q:", "tensor", "list"]),
+    ("attention", "integers", lambda: attend(f(2, 4, 3, 8, dtype=int64)), TypeError, ["q:", "float32", "int64"]),
+    ("attention", "k-3d", lambda: ops.attention(f(1, 2, 2, 8), f(2, 2, 8), f(1, 2, 2, 8)), ValueError, ["k:", "[B, H, T, D]", "(2, 2, 8)"]),
+    ("attention", "batch", lambda: attend(f(3, 4, 3, 8)), ValueError, ["k:", "(3, 2, 5, 8)", "(2, 2, 5, 8)"]),
+    ("attention", "no-kv-heads", lambda: ops.attention(f(1, 2, 2, 8), f(1, 0, 2, 8), f(1, 0, 2, 8)), ValueError, ["k:", "divides q's 2", "0"]),
+    ("attention", "v-heads", lambda: ops.attention(f(1, 2, 2, 8), f(1, 2, 2, 8), f(1, 1, 2, 8)), ValueError, ["v:", "(1, 2, 2, 8)", "(1, 1, 2, 8)"]),
+    ("attention", "scale", lambda: attend(scale="1"), TypeError, ["scale:", "number", "'1'"]),
+    ("attention", "scale-tensor", lambda: attend(scale=torch.ones(())), TypeError, ["scale:", "number", "tensor(1.)"]),
+    ("attention", "mask-dtype", lambda: attend(mask=f(3, 5, dtype=fp16)), TypeError, ["mask:", "bool", "float32", "float16"]),
+    ("attention", "mask-fp32-beside-fp64", lambda: attend(f(2, 4, 3, 8, dtype=fp64), mask=f(3, 5)), TypeError, ["mask:", "float64", "float32"]),
+    ("attention", "mask-5d", lambda: attend(mask=f(1, 2, 4, 3, 5)), ValueError, ["mask:", "(2, 4, 3, 5)", "(1, 2, 4, 3, 5)"]),
+    ("attention", "mask-of-kv-heads", lambda: attend(mask=f(2, 2, 3, 5)), ValueError, ["mask:", "(2, 4, 3, 5)", "(2, 2, 3, 5)"]),
+    ("attention", "mask-device", lambda: attend(mask=f(3, 5, device="meta")), ValueError, ["mask:", "cpu", "meta"]),
+    ("attention", "slopes-list", lambda: attend(alibi_slopes=[0.5] * 4), TypeError, [SLOPES, "tensor", "list"]),
+    ("attention", "slopes-number", lambda: attend(alibi_slopes=0.5), TypeError, [SLOPES, "tensor", "float"]),
+    ("attention", "slopes-integers", lambda: attend(alibi_slopes=i(1, 2, 3, 4)), TypeError, [SLOPES, "float32", "int32"]),
+    ("attention", "slopes-dtype", lambda: attend(f(2, 4, 3, 8, dtype=bf16), alibi_slopes=f(4, dtype=bf16)), TypeError, [SLOPES, "float32", "got torch.bfloat16"]),
+    ("attention", "slopes-fp64", lambda: attend(alibi_slopes=f(4, dtype=fp64)), TypeError, [SLOPES, "float32", "got torch.float64"]),
+    ("attention", "slopes-of-kv-heads", lambda: attend(alibi_slopes=f(2)), ValueError, [SLOPES, "(4,)", "(2, 4)", "got (2,)"]),
+    ("attention", "slopes-broadcast", lambda: attend(alibi_slopes=f(1, 4)), ValueError, [SLOPES, "(2, 4)", "got (1, 4)"]),
+    ("attention", "slopes-4d", lambda: attend(alibi_slopes=f(2, 4, 1, 1)), ValueError, [SLOPES, "(2, 4)", "got (2, 4, 1, 1)"]),
+    ("attention", "slopes-device", lambda: attend(alibi_slopes=f(4, device="meta")), ValueError, [SLOPES, "cpu", "meta"]),
+    ("attention", "slopes-gradient", lambda: attend(alibi_slopes=f(4).requires_grad_()), ValueError, [SLOPES, "no gradient", "mask"]),
+    ("attention", "window-zero", lambda: attend(window=0), ValueError, [*WINDOW, "got 0"]),
+    ("attention", "window-negative", lambda: attend(window=-3), ValueError, [*WINDOW, "got -3"]),
+    ("attention", "window-bool", lambda: attend(window=True), ValueError, [*WINDOW, "got True"]),
+    ("attention", "window-float", lambda: attend(window=4.0), ValueError, [*WINDOW, "got 4.0"]),
+    ("attention", "window-string", lambda: attend(window="3"), ValueError, [*WINDOW, "got '3'"]),
+    ("attention", "window-list", lambda: attend(window=[1, 2]), ValueError, [*WINDOW, "got [1, 2]"]),
+    ("attention", "window-one-side", lambda: attend(window=(3,)), ValueError, [*WINDOW, "got (3,)"]),
+    ("attention", "window-no-side", lambda: attend(window=()), ValueError, [*WINDOW, "got ()"]),
+    ("attention", "window-three-sides", lambda: attend(window=(1, 2, 3)), ValueError, [*WINDOW, "got (1, 2, 3)"]),
+    ("attention", "window-left", lambda: attend(window=(-1, 2)), ValueError, [*WINDOW, "got (-1, 2)"]),
+    ("attention", "window-right", lambda: attend(window=(None, -2)), ValueError, [*WINDOW, "got (None, -2)"]),
+    ("attention", "window-right-bool", lambda: attend(window=(1, False)), ValueError, [*WINDOW, "got (1, False)"]),
+    ("attention", "softcap-negative", lambda: attend(softcap=-1.0), ValueError, ["softcap:", "positive", "-1.0"]),
+    ("attention", "softcap-inf", lambda: attend(softcap=float("inf")), ValueError, ["softcap:", "positive", "inf"]),
+    ("attention", "softcap-nan", lambda: attend(softcap=float("nan")), ValueError, ["softcap:", "positive", "nan"]),
+    ("attention", "softcap-none", lambda: attend(softcap=None), TypeError, ["softcap:", "number", "None"]),
+    ("attention", "softcap-bool", lambda: attend(softcap=True), TypeError, ["softcap:", "number", "True"]),
+    ("attention", "lengths-list", lambda: attend(kv_lengths=[5, 5]), TypeError, ["kv_lengths:", "tensor", "list"]),
+    ("attention", "lengths-floats", lambda: attend(kv_lengths=f(2)), TypeError, ["kv_lengths:", "int32 or torch.int64", "float32"]),
+    ("attention", "lengths-int16", lambda: attend(kv_lengths=i(5, 5, dtype=torch.int16)), TypeError, ["kv_lengths:", "int32 or torch.int64", "int16"]),
+    ("attention", "lengths-shape", lambda: attend(kv_lengths=i(5, 5, 5)), ValueError, ["kv_lengths:", "(2,)", "(3,)"]),
+    ("attention", "lengths-one", lambda: attend(kv_lengths=i(5)), ValueError, ["kv_lengths:", "(2,)", "(1,)"]),
+    ("attention", "lengths-scalar", lambda: attend(kv_lengths=torch.tensor(5)), ValueError, ["kv_lengths:", "(2,)", "()"]),
+    ("attention", "lengths-too-long", lambda: attend(kv_lengths=i(3, 6)), ValueError, ["kv_lengths:", "from 0 to 5", "3 to 6"]),
+    ("attention", "lengths-negative", lambda: attend(kv_lengths=i(3, -1, dtype=int64)), ValueError, ["kv_lengths:", "from 0 to 5", "-1 to 3"]),
+    ("attention", "lengths-device", lambda: attend(kv_lengths=i(5, 5).to("meta")), ValueError, ["kv_lengths:", "cpu", "meta"]),
+    ("attention", "p-one", lambda: attend(dropout_p=1.0), ValueError, ["dropout_p:", "p < 1", "1.0"]),
+    ("attention", "p-negative", lambda: attend(dropout_p=-0.1), ValueError, ["dropout_p:", "0 <= p", "-0.1"]),
+    ("attention", "p-string", lambda: attend(dropout_p="0.1"), TypeError, ["dropout_p:", "number", "'0.1'"]),
+    ("attention", "rng-dtype", lambda: attend(dropout_p=0.1, rng=i(1, 2)), ValueError, ["rng:", "int64", "(2,)"]),
+    ("attention", "rng-shape", lambda: attend(dropout_p=0.1, rng=RNG[None]), ValueError, ["rng:", "int64", "(2,)"]),
+    ("attention", "rng-device", lambda: attend(dropout_p=0.1, rng=RNG.to("meta")), ValueError, ["rng:", "cpu", "meta"]),
+    ("attention", "backend", lambda: attend(backend="gpu"), ValueError, ["backend:", "cpu", "'gpu'"]),
+    ("attention_qkv", "number", lambda: ops.attention_qkv(3, 2), TypeError, ["qkv:", "tensor", "int"]),
+    ("attention_qkv", "integers", lambda: attend_qkv(dtype=int64), TypeError, ["qkv:", "float32", "int64"]),
+    ("attention_qkv", "2d", lambda: attend_qkv(5, 24), ValueError, ["qkv:", "[B, T, 3 * 2 * D]", "(5, 24)"]),
+    ("attention_qkv", "4d", lambda: attend_qkv(2, 5, 3, 24), ValueError, ["qkv:", "[B, T, 3 * 2 * D]", "(2, 5, 3, 24)"]),
+    ("attention_qkv", "width", lambda: attend_qkv(2, 5, 28), ValueError, ["qkv:", "[B, T, 3 * 2 * D]", "(2, 5, 28)"]),
+    ("attention_qkv", "heads-zero", lambda: attend_qkv(num_heads=0), ValueError, ["num_heads:", ">= 1", "got 0"]),
+    ("attention_qkv", "heads-negative", lambda: attend_qkv(num_heads=-2), ValueError, ["num_heads:", ">= 1", "got -2"]),
+    ("attention_qkv", "heads-bool", lambda: attend_qkv(num_heads=True), ValueError, ["num_heads:", ">= 1", "got True"]),
+    ("attention_qkv", "heads-float", lambda: attend_qkv(num_heads=2.0), ValueError, ["num_heads:", ">= 1", "got 2.0"]),
+    ("attention_qkv", "mask", lambda: attend_qkv(mask=f(4, 5)), ValueError, ["mask:", "(2, 2, 5, 5)", "(4, 5)"]),
+    ("attention_qkv", "slopes", lambda: attend_qkv(alibi_slopes=f(5)), ValueError, [SLOPES, "(2,)", "(2, 2)", "got (5,)"]),
+    ("attention_qkv", "window", lambda: attend_qkv(window=(1, -1)), ValueError, [*WINDOW, "got (1, -1)"]),
+    ("attention_qkv", "softcap", lambda: attend_qkv(softcap=-2), ValueError, ["softcap:", "positive", "-2.0"]),
+    ("attention_qkv", "lengths", lambda: attend_qkv(kv_lengths=i(6, 0)), ValueError, ["kv_lengths:", "from 0 to 5", "0 to 6"]),
+    ("attention_qkv", "p", lambda: attend_qkv(dropout_p=1), ValueError, ["dropout_p:", "p < 1", "1.0"]),
+    ("attention_qkv", "rng", lambda: attend_qkv(dropout_p=0.5, rng=7), ValueError, ["rng:", "int64", "7"]),
+    ("attention_qkv", "backend", lambda: attend_qkv(backend=""), ValueError, ["backend:", "cpu", "''"]),
+    ("attention_varlen", "list", lambda: attend_varlen(q=[1.0]), TypeError, ["q:", "tensor", "list"]),
+    ("attention_varlen", "4d", lambda: attend_varlen(q=f(1, 6, 4, 8)), ValueError, ["q:", "[total, H, D]", "(1, 6, 4, 8)"]),
+    ("attention_varlen", "heads", lambda: attend_varlen(q=f(6, 3, 8)), ValueError, ["k:", "divides q's 3", "2"]),
+    ("attention_varlen", "width", lambda: attend_varlen(q=f(6, 4, 4)), ValueError, ["k:", "(5, 2, 4)", "(5, 2, 8)"]),
+    ("attention_varlen", "v-length", lambda: attend_varlen(v=f(4, 2, 8)), ValueError, ["v:", "(5, 2, 8)", "(4, 2, 8)"]),
+    ("attention_varlen", "v-dtype", lambda: attend_varlen(v=f(5, 2, 8, dtype=bf16)), TypeError, ["v:", "float32", "bfloat16"]),
+    ("attention_varlen", "v-device", lambda: attend_varlen(v=f(5, 2, 8, device="meta")), ValueError, ["v:", "cpu", "meta"]),
+    ("attention_varlen", "ends-list", lambda: attend_varlen([0, 4, 6]), TypeError, ["cu_seqlens_q:", "tensor", "list"]),
+    ("attention_varlen", "ends-k-list", lambda: attend_varlen(cu_k=[0, 2, 5]), TypeError, ["cu_seqlens_k:", "tensor", "list"]),
+    ("attention_varlen", "ends-int64", lambda: attend_varlen(i(0, 4, 6, dtype=int64)), TypeError, ["cu_seqlens_q:", "int32", "int64"]),
+    ("attention_varlen", "ends-2d", lambda: attend_varlen(i(0, 4, 6)[None]), ValueError, ["cu_seqlens_q:", "(3,)", "(1, 3)"]),
+    ("attention_varlen", "ends-none", lambda: attend_varlen(i()), ValueError, ["cu_seqlens_q:", "(1,)", "(0,)"]),
+    ("attention_varlen", "ends-of-k", lambda: attend_varlen(cu_k=i(0, 2, 3, 5)), ValueError, ["cu_seqlens_k:", "(3,)", "(4,)"]),
+    ("attention_varlen", "ends-first", lambda: attend_varlen(i(1, 4, 6)), ValueError, ["cu_seqlens_q:", "from 0 to 6", "[1, 4, 6]"]),
+    ("attention_varlen", "ends-last", lambda: attend_varlen(i(0, 4, 5)), ValueError, ["cu_seqlens_q:", "from 0 to 6", "[0, 4, 5]"]),
+    ("attention_varlen", "ends-beyond", lambda: attend_varlen(cu_k=i(0, 2, 6)), ValueError, ["cu_seqlens_k:", "from 0 to 5", "0 to 6"]),
+    ("attention_varlen", "ends-decrease", lambda: attend_varlen(i(0, 3, 2, 6), i(0, 1, 2, 5)), ValueError, ["cu_seqlens_q:", "non-decreasing", "[0, 3, 2, 6]"]),
+    ("attention_varlen", "ends-negative", lambda: attend_varlen(i(0, -1, 6)), ValueError, ["cu_seqlens_q:", "from 0 to 6", "-1"]),
+    ("attention_varlen", "ends-device", lambda: attend_varlen(i(0, 4, 6).to("meta")), ValueError, ["cu_seqlens_q:", "cpu", "meta"]),
+    ("attention_varlen", "no-documents", lambda: attend_varlen(i(0), i(0)), ValueError, ["cu_seqlens_q:", "from 0 to 6", "[0]"]),
+    ("attention_varlen", "longest-q", lambda: attend_varlen(max_q=3), ValueError, ["max_seqlen_q:", "at least the longest document, 4", "got 3"]),
+    ("attention_varlen", "longest-k", lambda: attend_varlen(max_k=2), ValueError, ["max_seqlen_k:", "at least the longest document, 3", "got 2"]),
+    ("attention_varlen", "longest-negative", lambda: attend_varlen(max_q=-1), ValueError, ["max_seqlen_q:", ">= 0", "got -1"]),
+    ("attention_varlen", "longest-float", lambda: attend_varlen(max_k=3.0), ValueError, ["max_seqlen_k:", "integer", "got 3.0"]),
+    ("attention_varlen", "longest-bool", lambda: attend_varlen(max_k=True), ValueError, ["max_seqlen_k:", "integer", "got True"]),
+    ("attention_varlen", "longest-tensor", lambda: attend_varlen(max_q=torch.tensor(4)), ValueError, ["max_seqlen_q:", "integer", "tensor(4)"]),
+    ("attention_varlen", "mask", lambda: attend_varlen(mask=f(6, 5)), ValueError, ["mask:", "(2, 4, 4, 3)", "(6, 5)"]),
+    ("attention_varlen", "slopes", lambda: attend_varlen(alibi_slopes=f(6, 4)), ValueError, [SLOPES, "(2, 4)", "got (6, 4)"]),
+    ("attention_varlen", "window", lambda: attend_varlen(window=0), ValueError, [*WINDOW, "got 0"]),
+    ("attention_varlen", "softcap", lambda: attend_varlen(softcap="30"), TypeError, ["softcap:", "number", "'30'"]),
+    ("attention_varlen", "lengths", lambda: attend_varlen(kv_lengths=i(2, 4)), ValueError, ["kv_lengths:", "from 0 to 3", "2 to 4"]),
+    ("attention_varlen", "lengths-of-document", lambda: attend_varlen(kv_lengths=i(3, 3)), ValueError, ["kv_lengths:", "keys of each document, [2, 3]", "[3, 3]"]),
+    ("attention_varlen", "lengths-shape", lambda: attend_varlen(kv_lengths=i(2)), ValueError, ["kv_lengths:", "(2,)", "(1,)"]),
+    ("attention_varlen", "p", lambda: attend_varlen(dropout_p=float("nan")), ValueError, ["dropout_p:", "nan"]),
+    ("attention_varlen", "rng", lambda: attend_varlen(dropout_p=0.5, rng=f(2)), ValueError, ["rng:", "int64", "(2,)"]),
+    ("attention_varlen", "backend", lambda: attend_varlen(backend=["cpu", "cudnn"]), ValueError, ["backend:", "cpu", "'cudnn'"]),
 ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from honest_ops import GELU, Attention, LayerNorm, Softmax
+from honest_attention import Attention, AttentionQKV, AttentionVarlen
+from honest_ops import GELU, LayerNorm, Softmax
 from torch import Tensor
 from wrong_ops import FAULTS
 
@@ -25,13 +26,16 @@ CASES = {
         "3x4x10x37-mask_bool-over_bhqk-scale_0.5", "3x4x10x37-mask_bool-over_1hq1-scale_0.5",
         "3x4x10x37-mask_fp32-over_11qk-scale_0.5", "2x3x20x33-dropout_0.1-causal-scale_0.2",
     ],
-    "attention": [
-        "2x3x17x17x16", "1x2x40x40x64-causal", "2x2x5x33x20-causal", "1x1x33x5x8-causal",
-        "2x4x9x12x16-kv_heads_2-causal", "2x3x20x20x16-mask_padding", "2x3x20x20x16-mask_padding-causal",
-        "2x3x20x20x16-mask_fp32-causal",
-    ],
+    "attention": ["2x3x17x17x16", "1x2x40x40x64-causal"],
 }  # fmt: skip
-HONEST = {"layer_norm": LayerNorm(), "gelu": GELU(), "softmax": Softmax(), "attention": Attention()}
+HONEST = {
+    "layer_norm": LayerNorm(),
+    "gelu": GELU(),
+    "softmax": Softmax(),
+    "attention": Attention(),
+    "attention_qkv": AttentionQKV(),
+    "attention_varlen": AttentionVarlen(),
+}
 
 
 PLANTED = [(fault, dtype) for fault in FAULTS for dtype in getattr(fault, "dtypes", ("fp32", "bf16"))]
@@ -42,7 +46,7 @@ PLANTED = [(fault, dtype) for fault in FAULTS for dtype in getattr(fault, "dtype
 )
 def test_rejected(fault: Any, dtype: str) -> None:
     (op,) = (op for op, honest in HONEST.items() if issubclass(fault, type(honest)))
-    report = check(op, fault(), dtypes=[dtype], cases=getattr(fault, "cases", CASES[op]))
+    report = check(op, fault(), dtypes=[dtype], cases=getattr(fault, "cases", CASES.get(op)))
     assert not report.ok
     assert FAULTS[fault] in report.hazards, report
     assert FAULTS[fault] in str(report)

@@ -15,22 +15,38 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_cases import OPS, Variant, backends, forms, matrix, one_dtype, recorded, supported, variants
+from op_cases import (
+    DEVICE,
+    OPS,
+    Variant,
+    backends,
+    check,
+    forms,
+    matrix,
+    one_dtype,
+    problem,
+    recorded,
+    supported,
+    variants,
+)
 
 from fastgpt._core import registry
 from fastgpt._core.dispatch import BackendError
 from fastgpt._core.spec import Case, OpSpec
-from fastgpt.testing import check
 from fastgpt.testing.cli import repro
-from fastgpt.testing.inputs import as_tuple, problem, results
+from fastgpt.testing.inputs import as_tuple, results
 from fastgpt.testing.memory import same_bits
 
 MATRIX = list(matrix())
 PLAIN = [(op, variant) for op in OPS for variant in variants(op)]
-# Left to PyTorch's own ways: attention behind a mask, and its gelu(inf), which is NaN.
+# Left to PyTorch's own ways: gelu(inf), which is NaN, and attention, whose flash kernel may lose a NaN.
 PROPAGATING = [
-    row for row in PLAIN if row[0] != "attention" and (row[0], row[1].backend) != ("gelu", "torch")
+    row
+    for row in PLAIN
+    if row[1].backend != "torch" or registry.get(row[0]).stem not in ("gelu", "attention")
 ]
+# With these a NaN in v may or may not pass through a probability of 0: tiles that nobody sees are skipped.
+HIDING = ("causal", "window", "lengths")
 PLAIN_IDS = [f"{op}-{variant.name}" for op, variant in PLAIN]
 
 
@@ -39,10 +55,14 @@ PLAIN_IDS = [f"{op}-{variant.name}" for op, variant in PLAIN]
 )
 def test_case(spec: OpSpec, variant: Variant, dtype: torch.dtype, case: Case) -> None:
     variant.enter()
-    report = check(spec.name, backend=variant.backend, dtypes=[dtype], cases=[case])
-    if report.skipped:  # a refusal is part of the contract: stated, and only this one
-        assert (variant.backend, "dropout" in case.options) == ("torch", True), report
-        assert "not Philox" in report.skipped[0][2]
+    report = check(
+        spec.name, backend=variant.backend, dtypes=[dtype], cases=[case], thorough=not variant.emulated
+    )
+    if report.skipped:  # a refusal is part of the contract: stated, and only these two
+        assert variant.backend == "torch", report
+        reason = "not Philox" if "dropout" in case.options else "has no softcap"
+        assert {"dropout", "softcap"} & set(case.options), report
+        assert reason in report.skipped[0][2]
         return
     if not report.ok:
         pytest.fail(
@@ -135,7 +155,7 @@ def test_the_backend_asked_for_is_the_one_that_runs(op: str, variant: Variant) -
     made = problem(spec, forms(op)[0], torch.float32)
     with recorded() as calls:
         results(made, _on(spec, variant.backend), made.inputs, made.output_grads)
-    assert [name for name, _ in calls] == [f"{op}_fwd_{variant.backend}", f"{op}_bwd_{variant.backend}"]
+    assert [name for name, _ in calls] == [f"{spec.stem}_{way}_{variant.backend}" for way in ("fwd", "bwd")]
 
 
 def test_the_simd_level_asked_for_is_the_one_that_runs() -> None:
@@ -158,7 +178,8 @@ def fastgpt_softmax(x: torch.Tensor) -> torch.Tensor:
 def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> None:
     """One element of each input in turn. Outputs as in the reference, to the element and the sign of infinity.
 
-    Gradients may say NaN for infinity, and in the whole row: what is hidden there is not known in backward.
+    Gradients may say NaN for infinity, and in the whole row: what is hidden there is not known in backward. Those of
+    attention, from its lse, may lack a NaN where infinity makes p = exp(-inf - inf) a 0, or dropout takes p away.
     """
     variant.enter()
     spec = registry.get(op)
@@ -167,6 +188,11 @@ def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> 
         made = problem(spec, case, dtype)
         if not supported(spec, variant.backend, made.inputs):
             continue
+        if spec.stem == "attention" and (
+            set(HIDING) & set(case.options) or case.options.get("mask") == "bool"
+        ):
+            continue
+        may_lack = spec.stem == "attention" and (math.isinf(value) or "dropout" in case.options)
         for leaf in made.leaves:
             poisoned = made.inputs[leaf].clone()
             poisoned.view(-1)[poisoned.numel() // 2] = value
@@ -181,7 +207,7 @@ def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> 
                     assert torch.equal(got[name][infinite], reference[infinite]), place
                 else:
                     lost, expected_lost = ~got[name].isfinite(), ~reference.isfinite()
-                    assert bool(lost[expected_lost].all()), place
+                    assert may_lack or bool(lost[expected_lost].all()), place
                     assert not bool(lost[~expected_lost.any(-1, keepdim=True).expand(lost.shape)].any()), (
                         place
                     )
@@ -203,12 +229,8 @@ def test_an_incoming_gradient_of_nan_stays_in_its_row(op: str, variant: Variant)
 
 def _shapes(op: str) -> st.SearchStrategy[Case]:
     size = st.integers(0, 70)
-    if op == "attention":
-        small = st.integers(0, 20)
-        return st.builds(
-            lambda b, h, q, k, d, causal: Case((b, h, q, k, d), {"causal": causal}),
-            st.integers(0, 2), st.integers(1, 3), small, st.integers(1, 20), st.integers(1, 17), st.booleans(),
-        )  # fmt: skip
+    if registry.get(op).stem == "attention":
+        return _attention_shapes(op)
     shape = st.one_of(
         st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size), st.tuples(size)
     )
@@ -232,6 +254,45 @@ def _shapes(op: str) -> st.SearchStrategy[Case]:
     return st.builds(Case, shape, options)
 
 
+def _attention_shapes(op: str) -> st.SearchStrategy[Case]:
+    length, width = st.integers(0, 20), st.integers(1, 17)
+    batch, heads = st.integers(0, 2), st.sampled_from([1, 2, 4])
+    options: dict[str, Any] = {
+        "causal": st.booleans(),
+        "scale": st.sampled_from([0.4, -0.5]),
+        "mask": st.sampled_from(["bool", "same", "fp32"]),
+        "over": st.text("1", min_size=4, max_size=4) | st.sampled_from(["bhqk", "b11k", "1hq1", "11qk"]),
+        "alibi": st.sampled_from(["h", "bh"]),
+        "window": st.sampled_from(["3", "0_0", "2_x", "x_1", "5_4"]),
+        "softcap": st.just(3.0),
+        "lengths": st.just(True),
+        "dropout": st.just(0.25),
+        "return_lse": st.just(True),
+    }
+    if op == "attention_qkv":
+        return st.builds(
+            lambda b, t, h, d, o: Case((b, t, h, d), o),
+            batch, length, heads, width, st.fixed_dictionaries({}, optional=options),
+        )  # fmt: skip
+    options["kv_heads"] = st.just(1)
+    if op == "attention":
+        options["v_width"] = width
+        return st.builds(
+            lambda b, h, q, k, d, o: Case((b, h, q, k, d), o),
+            batch, heads, length, length, width, st.fixed_dictionaries({}, optional=options),
+        )  # fmt: skip
+
+    def packed(h: int, d: int, lengths: list[tuple[int, int]], other_keys: bool, o: dict[str, Any]) -> Case:
+        keys = {"keys": "_".join(str(k) for _, k in lengths)} if other_keys else {}
+        return Case((h, d, *(q for q, _ in lengths)), {**o, **keys})
+
+    options["slack"] = st.integers(1, 3)
+    lengths = st.lists(st.tuples(length, length), min_size=1, max_size=4)
+    return st.builds(
+        packed, heads, width, lengths, st.booleans(), st.fixed_dictionaries({}, optional=options)
+    )
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_any_shape(op: str) -> None:
     """Odd widths, sizes of zero and one, on the first backend in order."""
@@ -246,7 +307,7 @@ def test_any_shape(op: str) -> None:
     )
     @given(_shapes(op), st.sampled_from(["fp32", "bf16", "fp16"]))
     def run(case: Case, dtype: str) -> None:
-        report = check(op, backend=spec.orders["cpu"], dtypes=[dtype], cases=[case])
+        report = check(op, backend=spec.orders[DEVICE], dtypes=[dtype], cases=[case])
         assert not report.failures, report
 
     run()

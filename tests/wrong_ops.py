@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from honest_ops import GELU, Attention, Softmax
+from honest_ops import GELU, Softmax
 from torch import Tensor
+from wrong_attention import ATTENTION_FAULTS
 from wrong_layer_norm import FAULTS as LAYER_NORM_FAULTS
 
 from fastgpt.reference.philox import keep_mask
@@ -138,79 +138,9 @@ class PhiloxCountsColumnsOnly(Softmax):
         return keep_mask(shape[-1:], dropout_p, rng).expand(shape)
 
 
-# --- attention
-
-
-class AttentionTopLeft(Attention):
-    def triangle(self, queries: int, keys: int) -> Tensor:
-        return torch.ones(queries, keys, dtype=torch.bool).tril()
-
-
-class AttentionSeesOneAhead(Attention):
-    def triangle(self, queries: int, keys: int) -> Tensor:
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)
-
-
-class HeadsInterleaved(Attention):
-    """Query head h served by key head h % Hkv."""
-
-    def per_query_head(self, kv: Tensor, heads: int) -> Tensor:
-        return kv.repeat(1, heads // kv.shape[1], 1, 1)
-
-    def sum_over_groups(self, grad: Tensor, kv_heads: int) -> Tensor:
-        return grad.unflatten(1, (-1, kv_heads)).sum(1)
-
-
-class GradientOfOneHeadOfTheGroup(Attention):
-    def sum_over_groups(self, grad: Tensor, kv_heads: int) -> Tensor:
-        return grad.unflatten(1, (kv_heads, -1))[:, :, 0]
-
-
-class MaximumNotCarriedBack(Attention):
-    """An online softmax that does not rescale what it had before a larger score came."""
-
-    def normalise(self, s: Tensor) -> Tensor:
-        e = (s - s.cummax(-1).values).exp().nan_to_num(nan=0.0)
-        return e / e.sum(-1, keepdim=True)
-
-
-class ProbabilitiesAPercentTooLarge(Attention):
-    def normalise(self, s: Tensor) -> Tensor:
-        return super().normalise(s) * 1.01
-
-
-class ScaleForgottenInDq(Attention):
-    def dq(self, ds: Tensor, k: Tensor, scale: float) -> Tensor:
-        return ds @ k
-
-
-class ScaleTwiceInDk(Attention):
-    def dk(self, ds: Tensor, q: Tensor, scale: float) -> Tensor:
-        return super().dk(ds, q, scale) * scale
-
-
-class DvOfUnmaskedProbabilities(Attention):
-    def p_of_dv(self, p: Tensor, s: Tensor) -> Tensor:
-        return self.normalise(s)
-
-
-class MaskIgnoredInBackward(Attention):
-    def mask_in_backward(self, mask: Any) -> Any:
-        return None
-
-
-class DsWithoutItsSum(Attention):
-    def ds(self, p: Tensor, dp: Tensor) -> Tensor:
-        return p * dp
-
-
-class MaskGradientOfTheFirstBatch(Attention):
-    def dmask(self, ds: Tensor, shape: torch.Size) -> Tensor:
-        return ds[0].sum_to_size(shape)
-
-
 FAULTS = {
     **LAYER_NORM_FAULTS,
+    **ATTENTION_FAULTS,
     TanhForErf: "bound", ErfForTanh: "bound", SigmoidGate: "bound", GateInBF16: "bound", TailCutOff: "bound",
     SlopeWithoutTheBell: "bound", BiasForgottenInBackward: "bound", DbiasAveraged: "bound",
     FutureTokenLeaks: "leak", CausalTopLeft: "bound", HiddenElementsLookedAt: "leak", NoMaximum: "not written",
@@ -218,8 +148,4 @@ FAULTS = {
     ScaleForgottenInTheGradient: "bound", GradientWithoutItsSum: "bound", MaskGradientOfTheFirstHead: "bound",
     MaskGradientAveraged: "bound", DropoutWithoutRescaling: "bound", OtherDropoutInBackward: "bound",
     PhiloxOffsetIgnored: "bound", PhiloxCountsColumnsOnly: "bound",
-    AttentionTopLeft: "bound", AttentionSeesOneAhead: "leak", HeadsInterleaved: "bound",
-    GradientOfOneHeadOfTheGroup: "bound", MaximumNotCarriedBack: "bound", ProbabilitiesAPercentTooLarge: "bound",
-    ScaleForgottenInDq: "bound", ScaleTwiceInDk: "bound", DvOfUnmaskedProbabilities: "bound",
-    MaskIgnoredInBackward: "bound", DsWithoutItsSum: "bound", MaskGradientOfTheFirstBatch: "bound",
 }  # fmt: skip

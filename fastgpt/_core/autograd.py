@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,13 @@ def double_backward_wanted() -> bool:
 
 
 def backward_through(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], grad_outputs: Tensor | Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `function(*inputs)` that can be differentiated again: the reference, by autograd.
 
     None for an input that is None or needs no gradient.
     """
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    output = function(*inputs)
-    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True, allow_unused=True))
+    outputs = function(*inputs)
+    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
     return tuple(next(grads) if tensor is not None and tensor.requires_grad else None for tensor in inputs)

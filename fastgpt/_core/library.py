@@ -7,7 +7,7 @@ off a trace. In plain eager mode the registered op is bypassed: the dispatcher c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,21 +18,22 @@ from fastgpt._core.spec import OpSpec
 _LIBRARY = torch.library.Library("fastgpt", "DEF")
 _DIRECT: dict[str, Callable[..., Any]] = {}
 _REGISTERED: dict[str, Callable[..., Any]] = {}
-_DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # by device type
 
 # Exact types only: a subclass (FakeTensor, DTensor, FunctionalTensor, ...) may hold no memory of its own.
 _TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _OTHER_TYPES = frozenset({type(None), bool, int, float, str})
 
 
-def define(spec: OpSpec, backend: str, module: ModuleType) -> None:
-    """Register every entry of `spec` as implemented by `module`."""
+def define(spec: OpSpec, backend: str, module: ModuleType, devices: Sequence[str]) -> None:
+    """Register every entry of `spec` as implemented by `module` for `devices`, or for all where none is named."""
     for suffix, entry in spec.entries.items():
         name = f"{spec.name}_{suffix}_{backend}"
         function = getattr(module, f"{spec.name}_{suffix}")
         _LIBRARY.define(name + entry.schema)
-        key = _DISPATCH_KEYS.get(backend, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, _without_none(function), key)
+        keys = [_DISPATCH_KEYS[device] for device in devices] or ["CompositeExplicitAutograd"]
+        for key in keys:
+            _LIBRARY.impl(name, _without_none(function), key)
         torch.library.register_fake(f"fastgpt::{name}", _without_none(entry.fake), lib=_LIBRARY)
         _DIRECT[name] = function
         _REGISTERED[name] = getattr(torch.ops.fastgpt, name).default
@@ -41,7 +42,7 @@ def define(spec: OpSpec, backend: str, module: ModuleType) -> None:
 def call(entry: str, backend: str, *args: Any) -> Any:
     """Run `entry` ("layer_norm_fwd") of `backend`."""
     name = f"{entry}_{backend}"
-    if _plain_eager(args):
+    if plain_eager(args):
         return _DIRECT[name](*args)
     return _REGISTERED[name](*args)
 
@@ -59,7 +60,7 @@ def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _plain_eager(args: tuple[Any, ...]) -> bool:
+def plain_eager(args: tuple[Any, ...]) -> bool:
     """True if nothing but an ordinary eager call could be going on, so that raw pointers are safe to take."""
     if torch.compiler.is_compiling():
         return False

@@ -19,7 +19,15 @@ from fastgpt._core.spec import ANY_DEVICE, BACKENDS, OpSpec
 _SPECS: dict[str, OpSpec] = {}
 _MODULES: dict[tuple[str, str], ModuleType | str] = {}
 _USABLE: dict[tuple[str, str], tuple[tuple[str, Callable[..., str | None]], ...]] = {}
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+# The GPU backends also run without one, slowly, on CPU tensors: to be proven, and only where they are asked for.
+EMULATED = {
+    "triton": os.environ.get("TRITON_INTERPRET") == "1",  # Triton's own interpreter
+    "cuda": os.environ.get("FASTGPT_CUDA_EMULATION") == "1",  # the CUDA sources compiled for the host
+}
+_DEVICES = {"cpu": ("cpu",)} | {
+    name: ("cuda", "cpu") if emulated else ("cuda",) for name, emulated in EMULATED.items()
+}
 _noted: set[str] = set()
 
 # From a checkout that was not installed, the kernels' source root lies beside this package.
@@ -36,10 +44,12 @@ def register(spec: OpSpec) -> OpSpec:
     from fastgpt._core import library
 
     for backend in BACKENDS:
-        module = _load(spec.name, backend)
-        _MODULES[spec.name, backend] = module
+        if spec.kernels:
+            _MODULES[spec.name, backend] = _MODULES[spec.kernels, backend]
+            continue
+        module = _MODULES[spec.name, backend] = _load(spec.name, backend)
         if isinstance(module, ModuleType):
-            library.define(spec, backend, module)
+            library.define(spec, backend, module, _DEVICES.get(backend, ()))
     _SPECS[spec.name] = spec
     for device, names in (*spec.orders.items(), ("", ANY_DEVICE)):
         found = ((name, _MODULES[spec.name, name]) for name in names if runs_on(name, device))
@@ -80,7 +90,7 @@ def module(op: str, backend: str) -> ModuleType | str:
 
 def is_written(op: str, backend: str) -> bool:
     """Whether the sources have a module for `op` on `backend`, usable on this machine or not."""
-    return backend == "reference" or _exists(f"fastgpt_kernels.{backend}.{op}")
+    return backend == "reference" or _exists(f"fastgpt_kernels.{backend}.{_SPECS[op].stem}")
 
 
 def _load(op: str, backend: str) -> ModuleType | str:
@@ -89,7 +99,7 @@ def _load(op: str, backend: str) -> ModuleType | str:
     name = f"fastgpt_kernels.{backend}.{op}"
     if not _exists(name):
         return f"no {backend} kernel for {op} yet"
-    if backend in ("triton", "cuda") and not (torch.cuda.is_available() or _interpreting()):
+    if backend in EMULATED and not (torch.cuda.is_available() or EMULATED[backend]):
         return "no GPU here"
     try:
         return importlib.import_module(name)
@@ -110,7 +120,3 @@ def _note_unavailable(backend: str, reason: str) -> None:
 def _exists(name: str) -> bool:
     package = name.rpartition(".")[0]
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(name) is not None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -113,6 +113,7 @@ class OpSpec:
     cost: `cost(case, dtype)`.
     baseline: what a PyTorch user would write, `baseline(**inputs)`: differentiable, eager or compiled.
     orders: by device type, which backend is tried first.
+    kernels: the op whose entries this one calls, where it has none of its own ("attention_qkv": "attention").
     rule: None, or a pure function of the prepared arguments (dtype, widths and options; never the row count):
         the backend to put first for this call, or None.
     """
@@ -135,3 +136,9 @@ class OpSpec:
     intermediates: tuple[str, ...] = ()
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DEFAULT_ORDERS)
     rule: Callable[..., str | None] | None = None
+    kernels: str = ""
+
+    @property
+    def stem(self) -> str:
+        """What its entries are called after."""
+        return self.kernels or self.name

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt._core.library import plain_eager
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What may stand beside an input of a dtype where the numerics contract lets the two differ.
 WIDER = {
@@ -97,6 +99,72 @@ def mask(name: str, value: Any, other_name: str, other: Tensor, scores: Sequence
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {tuple(scores)}, got {tuple(value.shape)}"
         )
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is on; fp64 stays, as in PyTorch's own attention and products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or any(t.dtype == torch.float64 for t in tensors):
+        return tensors
+    lower = torch.get_autocast_dtype(device)
+    return tuple(t.to(lower) for t in tensors)
+
+
+def grouped_heads(heads: int, kv_heads: int) -> None:
+    if heads and (not kv_heads or heads % kv_heads):
+        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+
+
+def integers(
+    name: str,
+    value: Any,
+    expected: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    other_name: str,
+    other: Tensor,
+    least: int,
+    most: int,
+) -> None:
+    """An integer tensor of that shape on `other`'s device; on a CPU also that its values lie in [least, most].
+
+    Elsewhere looking at the values would wait for the device: there the kernels keep to the bounds themselves.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {_names(dtypes)}, got {value.dtype}")
+    shape(name, value, expected)
+    same_device(name, value, other_name, other)
+    if readable(value) and value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < least or high > most:
+            raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether its values can be looked at now: a plain CPU tensor, outside of any tracing."""
+    return value.is_cpu and plain_eager((value,))
+
+
+def drawn_rng(x: Any, dropout_p: Any, rng: Tensor | None) -> Tensor | None:
+    """`rng`, or where there is none and dropout wants it, one from torch's generator."""
+    if rng is None and dropout_p and isinstance(x, Tensor):
+        return torch.randint(0, 2**62, (2,), device=x.device)
+    return rng
+
+
+def dropout(x: Tensor, x_name: str, dropout_p: Any, rng: Tensor | None) -> tuple[float, Tensor | None]:
+    """(dropout_p, rng), rng None without dropout, and where a call is only explained."""
+    dropout_p = number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    if dropout_p == 0.0:
+        return dropout_p, None
+    if rng is not None:
+        if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or rng.shape != (2,):
+            raise ValueError(f"rng: expected an int64 tensor of shape (2,) (seed, offset), got {rng!r}")
+        same_device("rng", rng, x_name, x)
+    return dropout_p, rng
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

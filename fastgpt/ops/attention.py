@@ -1,11 +1,10 @@
-"""Scaled dot-product attention. Its kernels come later; until then PyTorch's own runs on the `torch` backend."""
+"""Scaled dot-product attention: one kernel family, dense here, packed in `attention_qkv` and `attention_varlen`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
@@ -13,8 +12,12 @@ from fastgpt._core.autograd import backward_through, double_backward_wanted, nee
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
-from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
+from fastgpt._core.spec import Entry, OpSpec
+from fastgpt.ops import attention_cases
 from fastgpt.reference import attention as reference
+from fastgpt.reference.attention import Window
+from fastgpt.reference.attention_condition import condition
+from fastgpt.reference.attention_qkv import split
 
 
 def attention(
@@ -25,75 +28,135 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: Window = None,
+    softcap: float = 0.0,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    return_lse: bool = False,
     backend: Backend = None,
-) -> Tensor:
+) -> Any:
     """softmax(scale * q @ k^T + mask) @ v for every head.
+
+    Query t stands at position t + length - Tq among the keys, where length is Tk or its sample's `kv_lengths`: the
+    last query sees every key that there is.
 
     Args:
         q: [B, H, Tq, D], floating.
         k: [B, Hkv, Tk, D], v: [B, Hkv, Tk, Dv], in q's dtype; H a multiple of Hkv (grouped-query attention).
-        causal: query t sees the keys <= t + Tk - Tq (the last query sees every key).
+        causal: a query sees no key behind its position.
         scale: multiplies q @ k^T; 1 / sqrt(D) when None.
         mask: broadcastable to [B, H, Tq, Tk]: boolean (True = may look), or float in q's dtype or fp32, added;
-            -inf hides a key.
+            -inf hides a key. Differentiable; read by its strides, never expanded.
+        alibi_slopes: fp32 [H] or [B, H]: slope * |key - position| is subtracted. No gradient.
+        window: (left, right) keys before and behind its own position that a query may see, None for no limit on a
+            side; an int w stands for (w - 1, w - 1): with causal, the last w keys.
+        softcap: s becomes softcap * tanh(s / softcap), before mask and slopes; 0 for none.
+        kv_lengths: int32 or int64 [B], 0 <= length <= Tk: keys and values from there on are never read.
+        dropout_p: probability, 0 <= p < 1, that a probability is zeroed; the rest is divided by 1 - p.
+        rng: int64 tensor (seed, offset) on q's device: Philox 4x32-10 with the index of the element in [B, H, Tq, Tk]
+            plus offset as its counter. Drawn from torch's generator when None.
+        return_lse: also return the logarithm of each softmax's denominator.
         backend: a name, several in order, or None for the automatic choice.
 
     Returns:
-        [B, H, Tq, Dv] in q's dtype, a view of [B, Tq, H, Dv] storage. A query that the mask or causality
-        lets see nothing gives zeros and zero gradients.
+        [B, H, Tq, Dv] in q's dtype, a view of [B, Tq, H, Dv] storage; with return_lse (out, lse): lse fp32
+        [B, H, Tq], natural logarithm, differentiable. A query that sees nothing gives zeros, an lse of -inf, and
+        zero gradients.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+    Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1; tiled as in Dao, "FlashAttention-2" (2023).
     """
-    args = _prepare(q, k, v, causal=causal, scale=scale, mask=mask)
-    chosen = choose(SPEC, args, backend)
+    rng = validate.drawn_rng(q, dropout_p, rng)
+    args = _prepare(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        softcap=softcap,
+        kv_lengths=kv_lengths,
+        dropout_p=dropout_p,
+        rng=rng,
+        return_lse=return_lse,
+    )
+    out, lse = run(choose(SPEC, args, backend), args)
+    return (out, lse) if return_lse else out
+
+
+def run(backend: str, args: tuple[Any, ...], qkv: Tensor | None = None, heads: int = 0) -> Any:
+    """(out, lse) of prepared arguments. With `qkv` its gradient is one tensor; q, k and v are then views of it."""
+    q, k, v, mask, *_, need_lse = args
     if needs_graph(q, k, v, mask):
-        return _Attention.apply(chosen, *args)
-    return call("attention_fwd", chosen, *args)[0]
+        inputs = (q, k, v) if qkv is None else (qkv, None, None)
+        found = Attention.apply(backend, heads, *inputs, *args[3:])
+        return found if need_lse else (found, None)
+    return call("attention_fwd", backend, *args)
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
+    """Of q, k and v, or of a packed qkv in q's place, with its number of heads.
+
+    An lse that nobody asked for is no output: compiled code would send zeros back through it.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-        mask: Tensor | None,
-    ) -> Tensor:
-        out, lse = call("attention_fwd", backend, q, k, v, causal, scale, mask)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
-        ctx.backend, ctx.causal, ctx.scale = backend, causal, scale
-        return out
+        ctx: Any, backend: str, heads: int, q: Tensor, k: Tensor | None, v: Tensor | None, *options: Any
+    ) -> Any:
+        parts = split(q, heads) if heads else (q, k, v)
+        out, lse = call("attention_fwd", backend, *parts, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:6])
+        ctx.backend, ctx.heads, ctx.numbers = backend, heads, options[6:-1]
+        ctx.set_materialize_grads(False)
+        need_lse = options[-1]
+        return (out, lse) if need_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        q, k, v, out, lse, mask = ctx.saved_tensors
-        _, need_q, need_k, need_v, _, _, need_mask = ctx.needs_input_grad
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        mask, need_dmask = tensors[0], ctx.needs_input_grad[5]
+        dout = torch.zeros_like(out) if dout is None else dout
         if double_backward_wanted():
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-                return reference.attention(q, k, v, causal=ctx.causal, scale=ctx.scale, mask=mask)
-
-            dq, dk, dv, dmask = backward_through(attend, (q, k, v, mask), dout)
-        else:
-            dq, dk, dv, dmask = call(
-                "attention_bwd", ctx.backend, dout, q, k, v, out, lse, ctx.causal, ctx.scale, mask, need_mask
+            needed = backward_through(
+                lambda q, k, v, mask: _by_definition(ctx, q, k, v, mask, tensors[1:]),
+                (q, k, v, mask),
+                (dout, torch.zeros_like(lse) if dlse is None else dlse),
             )
-        return (
-            None,
-            dq if need_q else None,
-            dk if need_k else None,
-            dv if need_v else None,
-            None,
-            None,
-            dmask if need_mask else None,
-        )
+            dq, dk, dv, dmask = needed
+        else:
+            packed = bool(ctx.heads)
+            parts = split(q, ctx.heads) if packed else (q, k, v)
+            dq, dk, dv, dmask = call(
+                "attention_bwd", ctx.backend, dout, dlse, *parts, out, lse, *tensors, *ctx.numbers, packed, need_dmask
+            )  # fmt: skip
+        needs = ctx.needs_input_grad[2:6]
+        dq, dk, dv, dmask = (g if need else None for g, need in zip((dq, dk, dv, dmask), needs, strict=True))
+        return None, None, dq, dk, dv, dmask, *(None,) * (len(tensors) + len(ctx.numbers))
+
+
+def _by_definition(ctx: Any, q: Tensor, k: Any, v: Any, mask: Tensor | None, tensors: Any) -> Any:
+    """(out, lse) by the reference, for gradients of gradients."""
+    parts = split(q, ctx.heads) if ctx.heads else (q, k, v)
+    slopes, lengths, cu_seqlens_q, cu_seqlens_k, rng = tensors
+    scale, left, right, softcap, dropout_p, max_q, max_k = ctx.numbers
+    if cu_seqlens_q is None:
+        max_q, max_k = parts[0].shape[2], parts[1].shape[2]
+    options = reference.Options(
+        mask, slopes, lengths, rng, scale, left, right, softcap, dropout_p, 0, max_q, max_k
+    )
+    found = [
+        reference.attend(parts[0][:, :, queries], parts[1][:, :, keys], parts[2][:, :, keys], o)
+        for queries, keys, o in reference.documents(options, cu_seqlens_q, cu_seqlens_k)
+    ]
+    out, lse = (torch.cat(part, 2) for part in zip(*found, strict=True))
+    return out.to(q.dtype), lse
 
 
 def _prepare(
@@ -104,156 +167,180 @@ def _prepare(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, bool, float, Tensor | None]:
+    alibi_slopes: Tensor | None = None,
+    window: Window = None,
+    softcap: float = 0.0,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         validate.floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected [B, H, T, D], got shape {tuple(tensor.shape)}")
-    if torch.is_autocast_enabled(q.device.type) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
-        lower = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(lower), k.to(lower), v.to(lower)
+    q, k, v = validate.autocast(q, k, v)
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
-    if heads and (not kv_heads or heads % kv_heads):
-        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+    validate.grouped_heads(heads, kv_heads)
     validate.shape("k", k, (batch, kv_heads, keys, width))
     validate.shape("v", v, (batch, kv_heads, keys, v.shape[-1]))
     for name, tensor in (("k", k), ("v", v)):
         validate.dtype(name, tensor, (q.dtype,), f"q is {q.dtype}")
         validate.same_device(name, tensor, "q", q)
+    options = prepare_options(
+        q, (batch, heads, queries, keys), causal=causal, scale=scale, mask=mask, alibi_slopes=alibi_slopes,
+        window=window, softcap=softcap, kv_lengths=kv_lengths, dropout_p=dropout_p, rng=rng,
+    )  # fmt: skip
+    return q, k, v, *options, 0, 0, return_lse
+
+
+def prepare_options(
+    q: Tensor,
+    scores: tuple[int, int, int, int],
+    *,
+    causal: bool,
+    scale: float | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: Window,
+    softcap: float,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Any, ...]:
+    """The arguments of `attention_fwd` between v and max_seqlen_q, checked for scores [B, H, Tq, Tk]."""
+    batch, heads, _, keys = scores
     if mask is not None:
-        validate.mask("mask", mask, "q", q, (batch, heads, queries, keys))
-    scale = max(width, 1) ** -0.5 if scale is None else validate.number("scale", scale)
-    return q, k, v, bool(causal), scale, mask
+        validate.mask("mask", mask, "q", q, scores)
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, q, batch, heads)
+    if kv_lengths is not None:
+        validate.integers("kv_lengths", kv_lengths, (batch,), (torch.int32, torch.int64), "q", q, 0, keys)
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else validate.number("scale", scale)
+    softcap = validate.number("softcap", softcap)
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
+    _check_window(window)
+    dropout_p, rng = validate.dropout(q, "q", dropout_p, rng)
+    left, right = reference.band(window, bool(causal))
+    return mask, alibi_slopes, kv_lengths, *cu_seqlens, rng, scale, left, right, softcap, dropout_p
 
 
-def _heads_inside(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    batch, heads, length, width = shape
-    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+def _check_slopes(slopes: Tensor, q: Tensor, batch: int, heads: int) -> None:
+    validate.floating("alibi_slopes", slopes)
+    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    validate.dtype("alibi_slopes", slopes, (wanted, torch.float32), f"q is {q.dtype}")
+    validate.same_device("alibi_slopes", slopes, "q", q)
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes: expected shape {(heads,)} or {(batch, heads)}, got {tuple(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "alibi_slopes: expected a tensor that needs no gradient; to train a bias pass it as mask"
+        )
+
+
+def _check_window(window: Any) -> None:
+    sides = window if isinstance(window, tuple) else (window,)
+    whole = [side for side in sides if side is not None]
+    least = 0 if isinstance(window, tuple) else 1
+    if len(sides) != (2 if isinstance(window, tuple) else 1) or any(
+        isinstance(side, bool) or not isinstance(side, int) or side < least for side in whole
+    ):
+        raise ValueError(
+            f"window: expected None, a number of keys >= 1, or (left, right) of None or >= 0, got {window!r}"
+        )
 
 
 def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _heads_inside(q, (*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=statistics)
+    out = reference.heads_inside(q, (*q.shape[:3], v.shape[-1]), q.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=statistics)
 
 
 def _bwd_fake(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
-    scale: float,
     mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    packed: bool,
     need_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     dmask = mask.new_empty(mask.shape) if need_dmask and mask is not None else None
-    return _heads_inside(q, q.shape), _heads_inside(k, k.shape), _heads_inside(v, v.shape), dmask
+    if packed:
+        batch, heads, length, width = q.shape
+        return q.new_empty(batch, length, 3 * heads * width), None, None, dmask
+    dq, dk, dv = (reference.heads_inside(t, t.shape, t.dtype) for t in (q, k, v))
+    return dq, dk, dv, dmask
 
 
-def _make_inputs(case: Case, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
-    options = case.options
-    batch, heads, queries, keys, width = case.shape
-    kv_heads = options.get("kv_heads", heads)
-    inputs: dict[str, Any] = {
-        "q": draw.normal((batch, heads, queries, width), dtype),
-        "k": draw.normal((batch, kv_heads, keys, width), dtype),
-        "v": draw.normal((batch, kv_heads, keys, options.get("v_width", width)), dtype, mean=0.2),
-        "causal": options.get("causal", False),
-    }
-    if "scale" in options:
-        inputs["scale"] = options["scale"]
-    if options.get("mask") == "padding":
-        inputs["mask"] = draw.bernoulli((batch, 1, 1, keys), 0.7)
-    elif options.get("mask") in ("same", "fp32"):
-        mask_dtype = torch.float32 if options["mask"] == "fp32" else dtype
-        inputs["mask"] = draw.normal((heads, queries, keys), mask_dtype)
-    return inputs
-
-
-def _cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Two products forward, five backward, over the pairs that causality leaves."""
-    batch, heads, queries, keys, width = case.shape
-    pairs = batch * heads * queries * keys
-    if case.options.get("causal"):
-        pairs = batch * heads * sum(min(max(q + 1 + keys - queries, 0), keys) for q in range(queries))
-    moved = batch * heads * width * dtype.itemsize
-    return Cost(
-        moved * 2 * (queries + keys), moved * 4 * (queries + keys), 4 * pairs * width, 10 * pairs * width
-    )
-
-
-def _baseline(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool = False,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    if causal and (
-        mask is not None or queries != keys
-    ):  # SDPA's is_causal is top-left, and takes no mask beside it
-        triangle = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        if mask is None or mask.dtype == torch.bool:
-            mask = triangle if mask is None else triangle & mask
-        else:
-            mask = mask.masked_fill(~triangle, -torch.inf)
-        causal = False
-    gqa = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-    )
-
-
-_CASES: tuple[Case, ...] = (
-    Case((2, 3, 17, 17, 16)),
-    Case((1, 2, 40, 40, 64), {"causal": True}),
-    Case((1, 2, 320, 320, 64), {"causal": True}),
-    Case((2, 2, 5, 33, 20), {"causal": True}),
-    Case((1, 1, 33, 5, 8), {"causal": True}),
-    Case((2, 4, 9, 12, 16), {"kv_heads": 2, "causal": True}),
-    Case((2, 3, 20, 20, 16), {"mask": "padding"}),
-    Case((2, 3, 20, 20, 16), {"mask": "padding", "causal": True}),
-    Case((2, 3, 8, 30, 16), {"mask": "same", "scale": 0.3}),
-    Case((2, 3, 20, 20, 16), {"mask": "fp32", "causal": True}),
-    Case((1, 2, 1, 70, 32), {"causal": True}),
-    Case((1, 2, 9, 9, 16), {"scale": -0.3}),
-    Case((1, 2, 9, 9, 16), {"scale": 0.0}),
-    Case((0, 2, 3, 3, 8)),
+_OPTIONS = (
+    "Tensor? mask, Tensor? alibi_slopes, Tensor? kv_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? rng, float scale, int window_left, int window_right, float softcap, float dropout_p,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
-_BENCH = (Case((2, 12, 512, 512, 64), {"causal": True}),)
 
 SPEC = register(
     OpSpec(
         name="attention",
         entries={
             "fwd": Entry(
-                "(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? mask) -> (Tensor, Tensor)",
-                _fwd_fake,
+                f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_lse) -> (Tensor, Tensor)", _fwd_fake
             ),
             "bwd": Entry(
-                "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
-                " Tensor? mask, bool need_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+                "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+                f" {_OPTIONS}, bool packed, bool need_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
                 _bwd_fake,
             ),
         },
         function=attention,
         prepare=_prepare,
         reference=reference.attention,
-        condition=reference.condition,
-        outputs=("out",),
+        condition=condition,
+        outputs=("out", "lse"),
         gradients=("q", "k", "v", "mask"),
-        make_inputs=_make_inputs,
-        cases=_CASES,
-        bench_cases=_BENCH,
-        cost=_cost,
-        baseline=_baseline,
+        make_inputs=attention_cases.make_inputs,
+        cases=attention_cases.CASES,
+        bench_cases=attention_cases.BENCH,
+        cost=attention_cases.cost,
+        baseline=attention_cases.baseline,
         c=8.0,
     )
 )

@@ -46,8 +46,7 @@ def softmax(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if rng is None and dropout_p and isinstance(x, Tensor):
-        rng = torch.randint(0, 2**62, (2,), device=x.device)
+    rng = validate.drawn_rng(x, dropout_p, rng)
     args = _prepare(x, scale=scale, mask=mask, causal=causal, dropout_p=dropout_p, rng=rng)
     chosen = choose(SPEC, args, backend)
     if needs_graph(x, mask):
@@ -105,15 +104,7 @@ def _prepare(
         raise ValueError(f"x: expected [..., Tq, Tk] for causal, got shape {tuple(x.shape)}")
     if mask is not None:
         validate.mask("mask", mask, "x", x, x.shape)
-    dropout_p = validate.number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    if dropout_p == 0.0:
-        rng = None
-    elif rng is not None:  # None: only explained, not run
-        if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or rng.shape != (2,):
-            raise ValueError(f"rng: expected an int64 tensor of shape (2,) (seed, offset), got {rng!r}")
-        validate.same_device("rng", rng, "x", x)
+    dropout_p, rng = validate.dropout(x, "x", dropout_p, rng)
     return x, validate.number("scale", scale), mask, bool(causal), dropout_p, rng
 
 

@@ -26,9 +26,14 @@ def keep_mask(shape: Sequence[int], dropout_p: float, rng: Tensor) -> Tensor:
 
     rng: int64 (seed, offset). The counter of element i (row-major) is offset + i, the key is the seed.
     """
+    index = torch.arange(math.prod(shape), device=rng.device)
+    return keep_at(index, dropout_p, rng).reshape(tuple(shape))
+
+
+def keep_at(index: Tensor, dropout_p: float, rng: Tensor) -> Tensor:
+    """Boolean in the shape of `index` (int64): True where the element of that index is kept."""
     seed, offset = rng.unbind()
-    counter = torch.arange(math.prod(shape), device=rng.device) + offset  # int64, wraps as uint64 does
-    return (first_words(seed, counter) >= threshold(dropout_p)).reshape(tuple(shape))
+    return first_words(seed, index + offset) >= threshold(dropout_p)  # int64 wraps as uint64 does
 
 
 def first_words(seed: Tensor, counter: Tensor) -> Tensor:

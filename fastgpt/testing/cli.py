@@ -25,6 +25,7 @@ def run_check(
     dtype: str | None = None,
     implementation: str | None = None,
     case: str | None = None,
+    device: str = "cpu",
 ) -> int:
     """Print the table and every failure with a line that repeats it; 1 if anything failed, else 0.
 
@@ -32,6 +33,7 @@ def run_check(
         op, backend, dtype, case: only these; None for all there are.
         implementation: "module:function", checked instead of fastgpt's own (needs op); the module may lie in the
             current directory.
+        device: of the tensors.
 
     Raises:
         ValueError: a name that does not exist.
@@ -48,7 +50,7 @@ def run_check(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cases are small: threads cost more than they give
     try:
-        reports = list(_run(specs, backend, dtype, implementation, case))
+        reports = list(_run(specs, backend, dtype, implementation, case, device))
     finally:
         torch.set_num_threads(threads)
     print("\n".join(table(reports)))
@@ -64,18 +66,19 @@ def run_check(
             failed = True
             print(f"FAILED {failure.case} {failure.dtype}: {failure.hazard} ({HAZARDS[failure.hazard]})")
             print(f"       {failure.detail}")
-            print(f"       {repro(report, failure, implementation)}")
+            print(f"       {repro(report, failure, implementation, device)}")
     return int(failed)
 
 
-def repro(report: Report, failure: Failure, implementation: str | None = None) -> str:
+def repro(report: Report, failure: Failure, implementation: str | None = None, device: str = "cpu") -> str:
     """The command that runs a failed case alone."""
     words = ["fastgpt", "check", "--op", report.op]
     if implementation is not None:
         words += ["--implementation", implementation]
     else:
         words += ["--backend", report.implementation.removeprefix("backend ")]
-    return shlex.join([*words, "--dtype", failure.dtype, "--case", failure.case])
+    words += ["--dtype", failure.dtype, "--case", failure.case]
+    return shlex.join(words if device == "cpu" else [*words, "--device", device])
 
 
 def _run(
@@ -84,23 +87,25 @@ def _run(
     dtype: str | None,
     implementation: str | None,
     case: str | None,
+    device: str,
 ) -> Iterator[Report]:
     dtypes = None if dtype is None else [dtype]
     cases = None if case is None else [case]
+    kind = device.partition(":")[0]
     if implementation is not None:
         if len(specs) != 1:
             raise ValueError("implementation: expected an op to check it as (--op)")
         if backend is not None:
             raise ValueError("backend: expected none beside an implementation of your own")
-        yield check(specs[0].name, load(implementation), dtypes=dtypes, cases=cases)
+        yield check(specs[0].name, load(implementation), dtypes=dtypes, cases=cases, device=device)
         return
     for spec in specs:
         for name in BACKENDS if backend is None else (backend,):
             missing = registry.module(spec.name, name)
-            if not isinstance(missing, str) and registry.runs_on(name, "cpu"):
-                yield check(spec.name, backend=name, dtypes=dtypes, cases=cases)
+            if not isinstance(missing, str) and registry.runs_on(name, kind):
+                yield check(spec.name, backend=name, dtypes=dtypes, cases=cases, device=device)
             elif backend is not None:
-                why = missing if isinstance(missing, str) else "does not run on cpu tensors"
+                why = missing if isinstance(missing, str) else f"does not run on {kind} tensors"
                 raise ValueError(f"backend: {name} cannot run {spec.name}: {why}")
 
 

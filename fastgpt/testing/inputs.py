@@ -53,10 +53,10 @@ class Problem:
 
     def compare(self, got: Mapping[str, Tensor]) -> dict[str, Comparison]:
         """Results of one call of an implementation, among them all intermediates, each against its bound."""
-        exact, error = self._solve_for(got)
+        exact, error = self.solution_for(got)
         return {name: compare(value, exact[name], error[name]) for name, value in got.items()}
 
-    def _solve_for(self, got: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def solution_for(self, got: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(exact, error) for a call that returned these results."""
         if self.spec.restart is None:
             return self.exact, self.error
