@@ -1,10 +1,18 @@
-"""Builds `fastgpt_kernels._cpu` with ninja: every csrc/cpu/*.cpp once per SIMD level, and one binding.
+"""Builds the compiled modules of `fastgpt_kernels` with ninja.
+
+    _cpu            csrc/cpu/*.cpp, once per SIMD level
+    _cuda           csrc/cuda/*.cu by nvcc, where there is one
+    _cuda_emulated  the same sources by the C++ compiler, for tests: only in place, and only when asked for
 
 Metadata is in pyproject.toml. Torch is neither needed nor looked for. Environment:
 
     CXX, CXXFLAGS, LDFLAGS   the compiler (default g++) and flags to add
+    NVCC, CUDA_HOME          where nvcc is (default: on PATH); NVCCFLAGS: flags to add
+    FASTGPT_CUDA             0: no _cuda, 1: an error if there is no nvcc, auto (default): _cuda if there is one
+    FASTGPT_CUDA_ARCHS       what _cuda is compiled for (default: 80;90a;100); newer GPUs compile the last one's PTX
+    FASTGPT_EMULATE_CUDA=1   build _cuda_emulated as well
     MAX_JOBS                 how many compilers at once (default: what ninja takes)
-    FASTGPT_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`)
+    FASTGPT_SANITIZE=1       AddressSanitizer and UndefinedBehaviorSanitizer in _cpu (`make sanitize`)
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +35,8 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
+EMULATED = "fastgpt_kernels._cuda_emulated"
+EMULATE = os.environ.get("FASTGPT_EMULATE_CUDA", "0") not in ("", "0")
 SANITIZE = os.environ.get("FASTGPT_SANITIZE", "0") not in ("", "0")
 
 # Ascending: a CPU that runs a level runs those before it. `generic` is any architecture, the rest is x86-64.
@@ -38,6 +49,15 @@ LEVELS = {
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No contraction: kernels say `fma` where they mean it, so that levels differ only where their sources do.
 KERNEL_FLAGS = ["-O3", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno"]
+DEFAULT_CUDA_ARCHS = "80;90a;100"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+EMULATION_FLAGS = [
+    "-O2",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    "-DFG_HOST_EMULATION",
+    "-DFG_LEVEL=cuda",
+]
 SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NO_COMPILER = "install g++ 11 or newer (Debian: apt install build-essential; Fedora: dnf install gcc-c++)"
 
@@ -88,7 +108,7 @@ def python_includes() -> list[str]:
     return [f"-I{include}", f"-I{pybind11.get_include()}"]
 
 
-def source_hash() -> str:
+def source_hash(target: str) -> str:
     """`fastgpt_kernels.source_hash` of csrc: one definition for the build and for the check at import."""
     path = ROOT / "kernels" / "fastgpt_kernels" / "__init__.py"
     spec = importlib.util.spec_from_file_location("_hash", path)
@@ -96,10 +116,10 @@ def source_hash() -> str:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.source_hash(ROOT / "csrc")
+    return module.source_hash(ROOT / "csrc", target)
 
 
-def tables_source(levels: list[str], ops: list[str]) -> str:
+def tables_source(target: str, levels: list[str], ops: list[str]) -> str:
     """C++ for csrc/bind/tables.h: the exports of every (level, op), and the hash of the sources."""
     pairs = [(level, op) for level in levels for op in ops]
     declarations = [f"namespace fg::{x} {{ extern const ExportTable {op}_exports; }}" for x, op in pairs]
@@ -110,7 +130,7 @@ def tables_source(levels: list[str], ops: list[str]) -> str:
         '#include "csrc/bind/tables.h"',
         *declarations,
         "namespace fg {",
-        f'extern const char source_hash[] = "{source_hash()}";',
+        f'extern const char source_hash[] = "{source_hash(target)}";',
         f"extern const char* const levels[] = {{{names}, nullptr}};",
         "extern const LevelTable tables[] = {",
         *rows,
@@ -121,48 +141,121 @@ def tables_source(levels: list[str], ops: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Recipe:
+    """A build.ninja and what it builds, in a directory under build/ where the next build finds the objects."""
+
+    def __init__(self, output: Path, compile_command: list[str], link_command: list[str]) -> None:
+        prefix = "sanitize-" if SANITIZE else ""
+        self.directory = Path("build", prefix + output.name.removesuffix(".so"))
+        self.library = self.directory / output.name
+        self.objects: list[str] = []
+        (ROOT / self.directory).mkdir(parents=True, exist_ok=True)
+        # Paths are relative to the root: a moved tree keeps its objects.
+        self.lines = [f"builddir = {self.directory}"]
+        self.lines += _rule(
+            "compile", [*compile_command, "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"]
+        )
+        self.lines += _rule("link", [*link_command, "-shared", "$in", "-o", "$out", "$flags"])
+
+    def add(self, name: str, source: Path, flags: list[str]) -> str:
+        """Compile `source` to the object `name`."""
+        self.objects.append(f"{self.directory}/{name}.o")
+        self.lines += [f"build {self.objects[-1]}: compile {source}", f"  flags = {_quoted(flags)}"]
+        return self.objects[-1]
+
+    def add_tables(self, target: str, levels: list[str], ops: list[str], flags: list[str]) -> None:
+        """Compile the tables of kernels that the binding reads."""
+        source = self.directory / f"{target}_tables.cpp"
+        _write_if_changed(ROOT / source, tables_source(target, levels, ops))
+        self.add(f"{target}_tables", source, [*flags, "-I."])
+
+    def build(self, link_flags: list[str]) -> Path:
+        """Run ninja; the library's path."""
+        link = f"build {self.library}: link {' '.join(self.objects)}"
+        lines = [*self.lines, link, f"  flags = {_quoted(link_flags)}"]
+        _write_if_changed(ROOT / self.directory / "build.ninja", "\n".join(lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [ninja(), *jobs, "-f", str(self.directory / "build.ninja"), str(self.library)]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise CompileError("the kernels do not compile: see the compiler's messages above")
+        return ROOT / self.library
+
+
 def build_cpu(output: Path) -> Path:
-    """Compile and link `_cpu` in a directory under build/, where the next build finds the objects."""
+    """`_cpu`: every csrc/cpu/*.cpp once per SIMD level."""
     cxx, includes = compiler(), python_includes()
     levels = levels_of(cxx)
     sanitize_flags = SANITIZE_FLAGS if SANITIZE else []
-    build_dir = Path("build", ("sanitize-" if SANITIZE else "") + output.name.removesuffix(".so"))
-    (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
     ops = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-
-    rules = [f"builddir = {build_dir}"]  # paths are relative to the root: a moved tree keeps its objects
-    rules += _rule("compile", [*cxx, "-MMD", "-MF", "$out.d", "$flags", "-c", "$in", "-o", "$out"])
-    rules += _rule("link", [*cxx, "-shared", "$in", "-o", "$out", "$flags"])
-    objects: list[str] = []
-
-    def add_object(name: str, source: Path, flags: list[str]) -> None:
-        objects.append(f"{build_dir}/{name}.o")
-        flags = COMMON_FLAGS + flags + shlex.split(os.environ.get("CXXFLAGS", ""))
-        rules.extend([f"build {objects[-1]}: compile {source}", f"  flags = {_quoted(flags)}"])
-
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    recipe = Recipe(output, cxx, cxx)
     level_objects: dict[str, list[str]] = {}
     for level in levels:
         for op in ops:
-            flags = [*KERNEL_FLAGS, *LEVELS[level], *sanitize_flags, f"-DFG_LEVEL={level}"]
-            add_object(f"{op}.{level}", Path("csrc", "cpu", f"{op}.cpp"), flags)
-            level_objects.setdefault(level, []).append(objects[-1])
-    tables = build_dir / "cpu_tables.cpp"
-    _write_if_changed(ROOT / tables, tables_source(levels, ops))
-    add_object("cpu_tables", tables, ["-I."])
-    add_object("bind", Path("csrc", "bind", "cpu.cpp"), ["-O2", *includes])
-    library = build_dir / output.name
-    link_flags = ["-fopenmp", *sanitize_flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    rules += [f"build {library}: link {' '.join(objects)}", f"  flags = {_quoted(link_flags)}"]
-    _write_if_changed(ROOT / build_dir / "build.ninja", "\n".join(rules) + "\n")
-
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = [ninja(), *jobs, "-f", str(build_dir / "build.ninja"), str(library)]
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
-        raise CompileError("the C++ kernels do not compile: see the compiler's messages above")
+            flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *LEVELS[level], *sanitize_flags, f"-DFG_LEVEL={level}"]
+            source = Path("csrc", "cpu", f"{op}.cpp")
+            item = recipe.add(f"{op}.{level}", source, [*flags, "-Icsrc/common", *extra])
+            level_objects.setdefault(level, []).append(item)
+    recipe.add_tables("cpu", levels, ops, [*COMMON_FLAGS, *extra])
+    recipe.add("bind", Path("csrc", "bind", "cpu.cpp"), [*COMMON_FLAGS, "-O2", *includes, *extra])
+    library = recipe.build(["-fopenmp", *sanitize_flags, *shlex.split(os.environ.get("LDFLAGS", ""))])
     if not SANITIZE:  # the sanitizers add constructors and weak symbols of their own
         for level, paths in level_objects.items():
             check_level_objects(level, paths)
-    return ROOT / library
+    return library
+
+
+def nvcc() -> str | None:
+    """nvcc's path, by NVCC, CUDA_HOME or PATH; None where there is none."""
+    if os.environ.get("NVCC"):
+        return shutil.which(os.environ["NVCC"])
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None) or shutil.which("nvcc")
+
+
+def cuda_archs() -> list[str]:
+    """nvcc's flags for FASTGPT_CUDA_ARCHS: machine code for each, and PTX of the last portable one for newer GPUs."""
+    archs = (os.environ.get("FASTGPT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS).replace(",", ";").split(";")
+    archs = [arch.strip().replace(".", "") for arch in archs if arch.strip()]
+    for arch in archs:
+        if re.fullmatch(r"\d{2,3}[af]?", arch) is None:
+            message = f"expected a list such as '{DEFAULT_CUDA_ARCHS}', got {arch!r}"
+            raise PlatformError(f"FASTGPT_CUDA_ARCHS: {message}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    portable = [arch for arch in archs if arch.isdigit()]
+    return flags + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in portable[-1:]]
+
+
+def build_cuda(output: Path) -> Path:
+    """`_cuda`: every csrc/cuda/*.cu by nvcc, for the architectures of FASTGPT_CUDA_ARCHS."""
+    cxx, includes, archs = compiler(), python_includes(), cuda_archs()
+    found = nvcc()
+    if found is None:
+        raise PlatformError("FASTGPT_CUDA=1 needs nvcc: install the CUDA toolkit, or set CUDA_HOME or NVCC")
+    ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    command = [found, "-ccbin", cxx[0]]
+    flags = [*CUDA_FLAGS, *shlex.split(os.environ.get("NVCCFLAGS", ""))]
+    recipe = Recipe(output, command, [*command, "-cudart", "static"])
+    for op in ops:
+        recipe.add(op, Path("csrc", "cuda", f"{op}.cu"), [*flags, *archs, "-DFG_LEVEL=cuda"])
+    recipe.add_tables("cuda", ["cuda"], ops, flags)
+    recipe.add("bind", Path("csrc", "bind", "cuda.cpp"), [*flags, *includes])
+    # The runtime's symbols stay inside: torch brings a CUDA runtime of its own.
+    return recipe.build(["-Xlinker", "--exclude-libs=ALL"])
+
+
+def build_cuda_emulated(output: Path) -> Path:
+    """`_cuda_emulated`: the same sources compiled for the host, for tests."""
+    cxx, includes = compiler(), python_includes()
+    ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    flags = [*COMMON_FLAGS, *EMULATION_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    recipe = Recipe(output, cxx, cxx)
+    for op in ops:
+        recipe.add(op, Path("csrc", "cuda", f"{op}.cu"), ["-x", "c++", *flags])
+    recipe.add("emulate", Path("csrc", "cuda", "emulate.cpp"), flags)
+    recipe.add_tables("cuda", ["cuda"], ops, flags)
+    recipe.add("bind", Path("csrc", "bind", "cuda.cpp"), [*flags, *includes])
+    return recipe.build(shlex.split(os.environ.get("LDFLAGS", "")))
 
 
 def check_level_objects(level: str, objects: list[str]) -> None:
@@ -194,6 +287,17 @@ def check_level_objects(level: str, objects: list[str]) -> None:
         )
 
 
+def modules() -> list[str]:
+    """The compiled modules that the environment asks for."""
+    cuda = os.environ.get("FASTGPT_CUDA") or "auto"
+    if cuda not in ("0", "1", "auto"):
+        raise PlatformError(f"FASTGPT_CUDA: expected 0, 1 or auto, got {cuda!r}")
+    names = ["fastgpt_kernels._cpu"]
+    if cuda == "1" or (cuda == "auto" and nvcc() is not None):
+        names.append("fastgpt_kernels._cuda")
+    return [*names, EMULATED] if EMULATE else names
+
+
 def _rule(name: str, command: list[str]) -> list[str]:
     text = " ".join(part if part.startswith("$") else _quoted([part]) for part in command)
     lines = [f"rule {name}", f"  command = {text}", f"  description = {name} $out"]
@@ -212,7 +316,16 @@ def _write_if_changed(path: Path, text: str) -> None:
 class BuildExt(build_ext):
     """Hands each compiled module to its builder; setuptools still decides where the file belongs."""
 
-    builders: ClassVar[dict[str, Callable[[Path], Path]]] = {"fastgpt_kernels._cpu": build_cpu}
+    builders: ClassVar[dict[str, Callable[[Path], Path]]] = {
+        "fastgpt_kernels._cpu": build_cpu,
+        "fastgpt_kernels._cuda": build_cuda,
+        EMULATED: build_cuda_emulated,
+    }
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.inplace:  # a test's module is in no wheel
+            self.extensions = [ext for ext in self.extensions if ext.name != EMULATED]
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
@@ -238,6 +351,6 @@ class BuildPy(build_py):
 setup(
     packages=[*find_packages(".", include=["fastgpt", "fastgpt.*"]), *find_packages("kernels")],
     package_dir={"fastgpt_kernels": "kernels/fastgpt_kernels"},
-    ext_modules=[Extension(name, sources=[]) for name in BuildExt.builders],
+    ext_modules=[Extension(name, sources=[]) for name in modules()],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -55,14 +55,18 @@ def copy_tree(target: Path, ops: bool = True) -> Path:
         if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, target / name)
     if not ops:
-        for source in (target / "csrc" / "cpu").glob("*.cpp"):
+        for source in (*(target / "csrc" / "cpu").glob("*.cpp"), *(target / "csrc" / "cuda").glob("*.cu")):
             source.unlink()
         (target / "csrc" / "cpu" / "probe.cpp").write_text(PROBE)
     return target
 
 
 def build_inplace(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python setup.py build_ext --inplace` in `tree`; stdout and stderr come together in `stdout`."""
+    """`python setup.py build_ext --inplace` in `tree`; stdout and stderr come together in `stdout`.
+
+    The CUDA modules are built only for those who ask: nvcc takes its time.
+    """
+    environment = {"FASTGPT_CUDA": "0", "FASTGPT_EMULATE_CUDA": "0", **environment}
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tree,

@@ -26,7 +26,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     left_over.parent.mkdir(parents=True)
     left_over.touch()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    result = subprocess.run(pip, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "FASTGPT_CUDA": "0", "FASTGPT_EMULATE_CUDA": "1"}  # the latter for no wheel
+    result = subprocess.run(
+        pip, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert result.returncode == 0, result.stdout
     (path,) = folder.glob("*.whl")
     assert not path.name.endswith("-any.whl"), "a wheel with a compiled module is for one platform"
@@ -53,7 +56,15 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     info: Message = Parser().parsestr(metadata(wheel, "METADATA"))
     requires = info.get_all("Requires-Dist") or []
     assert [r for r in requires if "extra ==" not in r] == ["torch>=2.10"]
-    assert set(info.get_all("Provides-Extra") or []) == {"cli", "train", "test", "lint", "all", "dev"}
+    assert set(info.get_all("Provides-Extra") or []) == {
+        "cli",
+        "train",
+        "triton",
+        "test",
+        "lint",
+        "all",
+        "dev",
+    }
     assert info["Requires-Python"] == ">=3.10"
     assert info["License-Expression"] == "MIT"
     assert "fastgpt = fastgpt.cli:main" in metadata(wheel, "entry_points.txt")
@@ -115,17 +126,39 @@ def test_stale_binary_is_refused_until_built_again(tmp_path: Path) -> None:
 def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    first = source_hash(csrc)
-    assert source_hash(ROOT / "csrc") == first
+    first = source_hash(csrc, "cpu")
+    assert source_hash(ROOT / "csrc", "cpu") == first
     (csrc / "cpu" / "notes.txt").write_text("not a source")
-    assert source_hash(csrc) == first
-    export = csrc / "cpu" / "export.h"
+    assert source_hash(csrc, "cpu") == first
+    export = csrc / "common" / "export.h"
     os.utime(export)
-    assert source_hash(csrc) == first
+    assert source_hash(csrc, "cpu") == first
     export.write_text(export.read_text() + "\n")
-    changed = source_hash(csrc)
-    export.rename(csrc / "cpu" / "exports.h")
-    assert len({first, changed, source_hash(csrc)}) == 3
+    changed = source_hash(csrc, "cpu")
+    export.rename(csrc / "common" / "exports.h")
+    assert len({first, changed, source_hash(csrc, "cpu")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("cpu/gelu.cpp", {"cpu"}),
+        ("bind/cpu.cpp", {"cpu"}),
+        ("cuda/gelu.cu", {"cuda"}),
+        ("cuda/emulate.cpp", {"cuda"}),
+        ("cuda/vector.h", {"cuda"}),
+        ("bind/cuda.cpp", {"cuda"}),
+        ("bind/functions.h", {"cpu", "cuda"}),
+        ("common/dtype.h", {"cpu", "cuda"}),
+    ],
+)
+def test_source_hash_of_each_module(tmp_path: Path, file: str, stale: set[str]) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = csrc / file
+    source.write_text(source.read_text() + "\n")
+    changed = {t for t in ("cpu", "cuda") if source_hash(csrc, t) != source_hash(ROOT / "csrc", t)}
+    assert changed == stale
 
 
 FAULTS = {

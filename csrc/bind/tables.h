@@ -1,7 +1,7 @@
-// What the build generates for the binding (cpu_tables.cpp, written by setup.py).
+// What the build generates for the binding (cpu_tables.cpp, cuda_tables.cpp, written by setup.py).
 #pragma once
 
-#include "../cpu/export.h"
+#include "../common/export.h"
 
 namespace fg {
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import memory
-from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, rows_of, unsupported
+from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
+from fastgpt_kernels.rows import address_of, rows_of
 
 
 def supports(
@@ -34,8 +35,8 @@ def layer_norm_fwd(
         stream = memory.empty_like(residual)
         residual_at, stream_at = residual.data_ptr(), stream.data_ptr()
         residual_code = DTYPE_CODES[residual.dtype]
-    weight, weight_at = _parameter(weight)
-    bias, bias_at = _parameter(bias)
+    weight, weight_at = address_of(weight)
+    bias, bias_at = address_of(bias)
     parameter = weight if weight is not None else bias
     kernels.layer_norm_fwd(
         x_rows.data_ptr(), residual_at, weight_at, bias_at, y.data_ptr(), stream_at, mean.data_ptr(), rstd.data_ptr(),
@@ -81,18 +82,10 @@ def layer_norm_bwd(
         db = memory.empty_like(bias)
         db_at = db.data_ptr()
     parameter = weight if weight is not None else bias
-    weight, weight_at = _parameter(weight)
+    weight, weight_at = address_of(weight)
     kernels.layer_norm_bwd(
         dy.data_ptr(), dstream_at, x.data_ptr(), weight_at, mean.data_ptr(), rstd.data_ptr(), dx_at, dresidual_at,
         dw_at, db_at, rows, n, dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
         0 if parameter is None else DTYPE_CODES[parameter.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dw, db
-
-
-def _parameter(p: Tensor | None) -> tuple[Tensor | None, int]:
-    """The parameter with adjacent elements (kept alive by the caller) and its address."""
-    if p is None:
-        return None, 0
-    p = p.contiguous()
-    return p, p.data_ptr()
