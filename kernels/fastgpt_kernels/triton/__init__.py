@@ -1,0 +1,1 @@
+"""The Triton backend: a module per op, and what they share (`launch`, `device`, `interpreter`)."""
