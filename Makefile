@@ -4,10 +4,10 @@ CXX ?= g++
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help build demo test test-all bench lint format sanitize clean
+.PHONY: help build demo test test-all bench gpu lint format sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,24 +30,36 @@ $(VENV)/constraints.txt: constraints.txt
 # install finds the objects done.
 $(READY): $(VENV)/constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c $< setuptools pybind11 ninja
-	$(BIN)/python setup.py -q build_ext --inplace
+	FASTGPT_EMULATE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pip install -c $< --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# The CUDA kernels are compiled for the host too, for the tests: see csrc/cuda/emulate.h.
 build: $(READY)  ## compile what has changed in csrc
-	$(BIN)/python setup.py -q build_ext --inplace
+	FASTGPT_EMULATE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
 demo: build  ## train a small GPT on three paths, side by side, and let it write
 	$(BIN)/fastgpt demo
 
+# The GPU backends on CPU tensors: in a process of its own, because Triton interprets either all or nothing.
+EMULATED := TRITON_INTERPRET=1 FASTGPT_CUDA_EMULATION=1
+
 test: build  ## the tests, without the slow ones
-	$(PYTEST) -q -m "not slow" --durations=15
+	$(PYTEST) -q -m "not slow and not interpreter" --durations=15
+	$(EMULATED) $(PYTEST) -q -m "not slow and interpreter" --durations=15
 
 test-all: build  ## all tests
-	$(PYTEST) -q --durations=30
+	$(PYTEST) -q -m "not interpreter" --durations=30
+	$(EMULATED) $(PYTEST) -q -m interpreter --durations=30
 
 bench: build  ## the quick benchmark suite
 	$(BIN)/python -m benchmarks --suite quick
+
+# No .venv: $(PYTHON) is taken as it is, with the torch and Triton that it holds, and nothing is downloaded.
+# OUT=directory BUDGET=seconds PART=check,bench,tune,races FULL=1; DRY=1 rehearses it on a machine without a GPU.
+gpu:  ## on a machine with a GPU: check, benchmark, tune and race the kernels; leaves one archive
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET)) \
+		$(if $(PART),--part $(PART)) $(if $(FULL),--full) $(if $(DRY),--dry)
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -66,7 +78,7 @@ SANITIZED = PYTHONPATH=build/sanitize/lib LD_PRELOAD="$(shell $(CXX) -print-file
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 SANITIZE_TESTS = -q --capture=sys -o pythonpath="build/sanitize/lib tests" -k cpu tests/test_ops.py
 sanitize: $(READY)  ## the op tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	FASTGPT_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	FASTGPT_SANITIZE=1 FASTGPT_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(BIN)/python -c \
 		'import fastgpt_kernels as k; assert "build/sanitize/lib" in k.load_cpu().__file__, k.load_cpu().__file__'
 	$(SANITIZED) FASTGPT_CPU_ISA=generic $(PYTEST) $(SANITIZE_TESTS)

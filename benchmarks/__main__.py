@@ -1,4 +1,6 @@
-"""`python -m benchmarks [--suite quick] …`, or `report FILE`, `readme FILE`, `compare A B` on stored runs."""
+"""`python -m benchmarks [--suite quick] …`; `report FILE`, `readme FILE`, `compare A B` on stored runs; `offline`
+compiles the Triton kernels without a GPU, `tune` chooses their configurations on one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,14 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return on_files(arguments)
+        if arguments and arguments[0] == "offline":
+            from benchmarks import offline
+
+            return offline.main(arguments[1:])
+        if arguments and arguments[0] == "tune":
+            from benchmarks import tune
+
+            return tune.main(arguments[1:])
         return run(arguments)
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

@@ -1,0 +1,49 @@
+"""One part in a process of its own: `python -m benchmarks.gpu.part memory --out DIR --seconds 60`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import attention, checking, memory, races, sanitizer, training
+from benchmarks.gpu.machine import machine as choose_machine
+from benchmarks.gpu.record import Recorder
+from benchmarks.suites import Budget
+
+SUITES = {
+    "small": memory.run_small,
+    "memory": memory.run,
+    "attention": attention.run,
+    "decode": attention.run_decode,
+    "training": training.run,
+    "races": races.run,
+    "sanitizer": sanitizer.run,
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.part", description=__doc__)
+    parser.add_argument("name", help=f"{', '.join(SUITES)}, or check-BACKEND-OP-SHARD")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--full", action="store_true")
+    options = parser.parse_args(arguments)
+    budget = Budget(options.seconds)
+    torch.manual_seed(0)
+    machine = choose_machine(options.dry)
+    settings = {"suite": f"gpu-{options.name}", "seconds": options.seconds, "dry": options.dry}
+    recorder = Recorder(options.out / f"{options.name}.jsonl", settings, machine.device)
+    if options.name.startswith("check-"):
+        _, backend, op, shard = options.name.split("-")
+        checking.run(backend, op, shard, machine, recorder, budget)
+    else:
+        SUITES[options.name](machine, recorder, budget, options.full)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
