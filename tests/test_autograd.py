@@ -11,6 +11,7 @@ from op_cases import OPS, backends, form_ids, form_problem, one_dtype, supported
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt import ops
 from fastgpt._core import registry
 from fastgpt._core.spec import Case
 from fastgpt.testing.inputs import as_tuple, problem, results
@@ -216,3 +217,17 @@ def test_gradients_accumulate(op: str) -> None:
     for leaf, expected in zip(leaves, once, strict=True):
         assert leaf.grad is not None
         assert same_bits(leaf.grad, 2 * expected)
+
+
+def test_autocast_takes_a_mask_that_had_the_dtype_of_q() -> None:
+    """q, k and v become bf16; a mask in their former dtype is added all the same, and has its gradient in it."""
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float16) for _ in range(3))
+    mask = torch.randn(5, 5, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attention(q, k, v, mask=mask)
+    (dmask,) = torch.autograd.grad(out.float().square().sum(), mask)
+    assert (out.dtype, dmask.dtype) == (torch.bfloat16, torch.float16)
+    expected = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask=mask.float())
+    assert torch.equal(out, expected)
+    with pytest.raises(TypeError, match="mask"):  # without autocast nothing is changed silently
+        ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask=mask)

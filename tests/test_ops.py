@@ -182,8 +182,10 @@ def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> 
     attention, from its lse, may lack a NaN where infinity makes p = exp(-inf - inf) a 0, or dropout takes p away.
     """
     variant.enter()
-    spec = registry.get(op)
-    for case in forms(op):
+    spec, cases = registry.get(op), forms(op)
+    if variant.emulated:  # slow: the forms share the three values
+        cases = cases[0 if math.isnan(value) else 1 if value > 0 else 2 :: 3]
+    for case in cases:
         dtype = torch.bfloat16 if case.mixed else torch.float32
         made = problem(spec, case, dtype)
         if not supported(spec, variant.backend, made.inputs):

@@ -52,7 +52,13 @@ _GPU_BACKENDS = ("triton", "cuda")
 _RUN_ON_A_GPU: tuple[str, ...] = ()  # a name is added together with the results of `make gpu` that show it
 
 
-_SETTINGS = ("FASTGPT_BACKEND", "FASTGPT_STRICT", "FASTGPT_CPU_ISA")
+_SETTINGS = (
+    "FASTGPT_BACKEND",
+    "FASTGPT_STRICT",
+    "FASTGPT_CPU_ISA",
+    "TRITON_INTERPRET",
+    "FASTGPT_CUDA_EMULATION",
+)
 
 
 def _machine() -> list[str]:
@@ -88,10 +94,16 @@ def _compiled() -> list[str]:
     import fastgpt_kernels
 
     reason = fastgpt_kernels.cpu_status()
-    if reason is not None:
-        return [f"_cpu         {reason}"]
-    cpu = fastgpt_kernels.load_cpu()
-    return [f"_cpu         SIMD level {cpu.isa()} in use; this CPU runs {', '.join(cpu.isas())}"]
+    if reason is None:
+        cpu = fastgpt_kernels.load_cpu()
+        reason = f"SIMD level {cpu.isa()} in use; this CPU runs {', '.join(cpu.isas())}"
+    lines = [f"_cpu         {reason}"]
+    reason = fastgpt_kernels.cuda_status()
+    if reason is None:
+        cuda = fastgpt_kernels.load_cuda()
+        count = cuda.device_count()
+        reason = f"{count} GPUs" if count else f"no GPU: {cuda.device_message()}"
+    return [*lines, f"_cuda        {reason}"]
 
 
 def _memory() -> list[str]:
@@ -107,6 +119,6 @@ def _ops() -> list[str]:
     lines = []
     for op, table in backends().items():
         able = [name for name in BACKENDS if table[name] is None]
-        lines.append(f"{op:<12} {', '.join(able)}")
-        lines += [f"{'':<12}   {name}: {table[name]}" for name in BACKENDS if table[name] is not None]
+        lines.append(f"{op:<17}{', '.join(able)}")
+        lines += [f"{'':<17}  {name}: {table[name]}" for name in BACKENDS if table[name] is not None]
     return lines

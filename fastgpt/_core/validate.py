@@ -110,6 +110,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(lower) for t in tensors)
 
 
+def autocast_mask(mask: Any, x: Tensor) -> Any:
+    """A float mask for an x that autocast may have changed: what had x's own dtype becomes fp32, which any x takes."""
+    if isinstance(mask, Tensor) and mask.dtype in (torch.bfloat16, torch.float16) and mask.dtype != x.dtype:
+        return mask.float() if torch.is_autocast_enabled(x.device.type) else mask
+    return mask
+
+
 def grouped_heads(heads: int, kv_heads: int) -> None:
     if heads and (not kv_heads or heads % kv_heads):
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")

@@ -213,6 +213,7 @@ def prepare_options(
     """The arguments of `attention_fwd` between v and max_seqlen_q, checked for scores [B, H, Tq, Tk]."""
     batch, heads, _, keys = scores
     if mask is not None:
+        mask = validate.autocast_mask(mask, q)
         validate.mask("mask", mask, "q", q, scores)
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes, q, batch, heads)

@@ -100,6 +100,7 @@ def _prepare(
     validate.floating("x", x)
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
         x = x.float()  # there, as PyTorch's, in fp32
+        mask = validate.autocast_mask(mask, x)
     if causal and x.dim() < 2:
         raise ValueError(f"x: expected [..., Tq, Tk] for causal, got shape {tuple(x.shape)}")
     if mask is not None:
