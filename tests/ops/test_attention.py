@@ -58,6 +58,60 @@ def test_minus_infinity_in_a_float_mask_hides_like_false(backend: str, needs: st
         assert grads[0][:, :, 1].abs().max() == 0
 
 
+@pytest.mark.parametrize("queries", [6, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_finite_minimum_in_a_float_mask(backend: str, queries: int) -> None:
+    """As transformers pad: hidden beside ordinary keys; where a query has nothing else, it sees all keys alike.
+
+    Of such a row the lse is too coarse for the gradients; without a gradient coming in it must give none.
+    """
+    inputs = [normal(2, 2, n, 16, seed=seed).requires_grad_() for seed, n in enumerate((queries, 40, 40))]
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.zeros(2, 1, queries, 40, device=DEVICE)
+    mask[0, :, :, 30:] = lowest
+    mask[1, :, :, :35] = lowest  # on the left
+    visible = mask == 0
+    mask[:, :, 1] = lowest
+    ordinary = [row for row in range(queries) if row != 1]
+    options: tuple[dict[str, Any], ...] = ({}, {"softcap": 2.0, "alibi_slopes": tensor(0.5, 0.1)})
+    for given in options[: 1 if backend == "torch" else 2]:
+        out, lse = ops.attention(*inputs, mask=mask, return_lse=True, backend=backend, **given)
+        expected, expected_lse = ops.attention(
+            *inputs, mask=visible, return_lse=True, backend="reference", **given
+        )
+        torch.testing.assert_close(out[:, :, 1], inputs[2].mean(2))
+        torch.testing.assert_close(lse[:, :, 1], torch.full_like(lse[:, :, 1], lowest))
+        torch.testing.assert_close(out[:, :, ordinary], expected[:, :, ordinary])
+        torch.testing.assert_close(lse[:, :, ordinary], expected_lse[:, :, ordinary])
+        weights = [normal(*t.shape, seed=7) for t in (out, lse)]
+        grads = torch.autograd.grad((out, lse), inputs, weights, retain_graph=True)
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+        for weight in weights:
+            weight[:, :, 1] = 0.0
+        grads = torch.autograd.grad((out, lse), inputs, weights)
+        wanted = torch.autograd.grad((expected, expected_lse), inputs, weights)
+        assert not grads[0][:, :, 1].any()
+        torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [6, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float_mask_of_ten_thousands(backend: str, queries: int) -> None:
+    """A score of 1e4 has steps of 1e-3, and no more may be lost than that."""
+    inputs = [normal(1, 2, n, 16, seed=seed).requires_grad_() for seed, n in enumerate((queries, 40, 40))]
+    mask = torch.where(normal(queries, 40, seed=4) > 0, 1e4, -1e4)
+    mask[3] = -1e4
+    out, lse = ops.attention(*inputs, mask=mask, return_lse=True, backend=backend)
+    exact = [t.double() for t in inputs]
+    expected, expected_lse = ops.attention(*exact, mask=mask.double(), return_lse=True, backend="reference")
+    close = functools.partial(torch.testing.assert_close, check_dtype=False, rtol=2e-3, atol=2e-3)
+    close(out, expected)
+    close(lse, expected_lse)
+    weight = normal(*out.shape, seed=5)
+    grads = torch.autograd.grad(out, inputs, weight)
+    close(grads, torch.autograd.grad(expected, inputs, weight.double()))
+
+
 # What the forms of attention share, for 2 samples of 2 heads with 19 queries and keys.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

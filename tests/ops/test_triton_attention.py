@@ -313,6 +313,6 @@ def test_refusals_say_why(changes: dict[str, Tensor], reason: str) -> None:
     options = ("mask", "alibi_slopes", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "rng")
     given: dict[str, Any] = {"q": plain, "k": plain, "v": plain, **dict.fromkeys(options)}
     numbers = {"scale": 1.0, "window_left": -1, "window_right": -1, "softcap": 0.0, "dropout_p": 0.0}
-    found = attention.supports(**(given | changes), **numbers, max_seqlen_q=0, max_seqlen_k=0)  # type: ignore[arg-type]
+    found = attention.supports(**(given | changes), **numbers, max_seqlen_q=0, max_seqlen_k=0, need_lse=True)  # type: ignore[arg-type]
     assert found is not None
     assert reason in found

@@ -295,6 +295,16 @@ def test_programs_walk_on_and_add_up_no_more_than_they_may(n: int) -> None:
 
 
 @recorded_only
+@pytest.mark.parametrize("n", [768, 50257])
+def test_registers_are_limited_on_nvidia_only(n: int) -> None:
+    """Triton refuses the option for AMD. What it allows lets as many programs run as the launcher counts on."""
+    limits = [one.arguments.get("maxnreg") for one in _launched(n, arch="sm_90", dtype=torch.float32)]
+    assert 128 in limits
+    assert set(limits) <= {128, None}
+    assert not any("maxnreg" in one.arguments for one in _launched(n, arch="gfx942", dtype=torch.float32))
+
+
+@recorded_only
 def test_a_forced_configuration_is_what_is_launched() -> None:
     config = RowsConfig(num_warps=2, BLOCK_ROWS=8, BLOCK_COLS=512)
     with common.forced("softmax_fwd", config):

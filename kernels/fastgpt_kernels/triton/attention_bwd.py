@@ -157,7 +157,8 @@ def _attention_bwd_delta_kernel(
     out_sb, out_sh, out_st, dout_sb, dout_sh, dout_st, heads, rows,
     opts: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse, and lse in the base of the scores: +inf where a query sees nothing, so that p is 0."""
+    """delta = rowsum(dout * out) - dlse, and lse in the base of the scores: +inf, so that p is 0, where a query
+    sees nothing."""
     blocks = tl.cdiv(rows, BLOCK_M)
     pair = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * BLOCK_M

@@ -1,110 +1,120 @@
 """Block sizes of attention's backward kernels: a rule per architecture, over which the recorded tables stand.
 
-Compiled offline by Triton 3.7.1 for T = 4096 and D = 64, 128, 256, none of the 16-bit rules of dkdv and dq spills or
-serialises wgmma, and all of them use the matrix unit. What the rules avoid, and what is left:
+None of the rules spills or serialises wgmma (Triton 3.7.1, offline), also where options come together: dropout with a
+mask, a window and grouped heads; softcap with ALiBi, a window and documents. What they avoid:
 - sm_90, dkdv, D = 128: 64 x 128 spills 84 bytes (255 registers); 32 x 128 takes 244. A candidate all the same.
 - sm_90, dkdv, D = 256: two accumulators of 64 keys, the least that wgmma takes, leave too few registers; 32 keys
-  compile to HMMA instead.
+  compile to HMMA instead. So they do, at any D, where a call is loaded: the counters of dropout and the addresses of
+  a mask do not fit beside wgmma's operands.
 - A pipelined loop and one with num_stages=1 in the same sm_90 kernel: ptxas serialises wgmma.
-- Dropout on sm_90 at D = 128 spills (dkdv 388 bytes, dq 24), a boolean mask there 36: Philox and the mask's
-  addresses come on top.
-- dmask spills 96 bytes at D = 128, on sm_80 244 at D = 256: both operands of its queries lie in registers.
-- fp32 on NVIDIA is multiply-adds, whose operands lie in registers for the whole of D: no spills up to D = 64,
-  500 to 900 bytes above.
+- fp32 on NVIDIA is multiply-adds, whose operands lie in registers: `row_products` takes them in chunks of D.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fastgpt_kernels.triton.attention_config import BlockConfig, configure
+from fastgpt_kernels.triton.attention_config import BlockConfig, configure, is_loaded
 from fastgpt_kernels.triton.attention_tile import Options
 
-_TENSOR_MEMORY = ("sm_100", "sm_103")  # accumulators have a memory of their own
+Sizes = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
+# For D up to 64, up to 128, above; and the same where `_is_loaded`.
+Rules = tuple[tuple[Sizes, Sizes, Sizes], tuple[Sizes, Sizes, Sizes]]
+
+_DKDV: dict[str, Rules] = {
+    "sm_80": (
+        ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    ),
+    "sm_90": (
+        ((64, 128, 8, 2), (32, 128, 8, 3), (32, 32, 8, 2)),
+        ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    ),
+    "sm_100": (
+        ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
+    ),
+    "gfx": (
+        ((64, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+        ((32, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    ),
+}
+_DQ: dict[str, Rules] = {
+    "sm_80": (
+        ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ((32, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+    ),
+    "sm_90": (
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ((128, 32, 8, 2), (128, 32, 8, 2), (16, 32, 8, 2)),
+    ),
+    "sm_100": (
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    ),
+    "gfx": (
+        ((128, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+    ),
+}
+
+
+def dkdv_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
+    return _configure("attention_bwd_dkdv", options, dtype, arch, _rule(_DKDV, options, dtype, arch))
+
+
+def dq_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
+    return _configure("attention_bwd_dq", options, dtype, arch, _rule(_DQ, options, dtype, arch))
+
+
+def dmask_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
+    return _configure("attention_bwd_dmask", options, dtype, arch, _dmask_rule(options, dtype, arch))
+
+
+def _configure(
+    kernel: str, options: Options, dtype: torch.dtype, arch: str, rule: BlockConfig
+) -> BlockConfig:
+    return configure(kernel, options, dtype, arch, rule, loaded=_is_loaded(options))
 
 
 def _blocks(m: int, n: int, num_warps: int, num_stages: int) -> BlockConfig:
     return BlockConfig(num_warps, num_stages, m, n)
 
 
-def dkdv_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
-    return configure("attention_bwd_dkdv", options, dtype, arch, _dkdv_rule(_width(options), dtype, arch))
-
-
-def dq_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
-    return configure("attention_bwd_dq", options, dtype, arch, _dq_rule(_width(options), dtype, arch))
-
-
-def dmask_config(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
-    return configure("attention_bwd_dmask", options, dtype, arch, _dmask_rule(_width(options), dtype, arch))
+def _is_loaded(options: Options) -> bool:
+    return is_loaded(options) or options.softcap or options.alibi
 
 
 def _width(options: Options) -> int:
     return max(options.D, options.DV)
 
 
-def _dkdv_rule(D: int, dtype: torch.dtype, arch: str) -> BlockConfig:
+def _rule(rules: dict[str, Rules], options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
+    D = _width(options)
     if arch == "interpreter":
         return _blocks(32, 32, 4, 1)
     if dtype == torch.float32:
         return _fp32_rule(D, arch)
-    if arch.startswith("gfx"):
-        return (
-            _blocks(64, 64, 4, 1) if D <= 64 else _blocks(32, 64, 4, 1) if D <= 128 else _blocks(16, 32, 4, 1)
-        )
-    if arch in _TENSOR_MEMORY:
-        return _blocks(64, 128, 8, 2) if D <= 128 else _blocks(32, 64, 8, 2)
-    if arch == "sm_90":
-        return (
-            _blocks(64, 128, 8, 2)
-            if D <= 64
-            else _blocks(32, 128, 8, 3)
-            if D <= 128
-            else _blocks(32, 32, 8, 2)
-        )
-    return _blocks(32, 128, 8, 2) if D <= 64 else _blocks(64, 64, 8, 2) if D <= 128 else _blocks(32, 32, 8, 2)
+    family = "gfx" if arch.startswith("gfx") else "sm_100" if arch == "sm_103" else arch
+    sizes = rules.get(family, rules["sm_80"])[_is_loaded(options)]
+    return _blocks(*sizes[0 if D <= 64 else 1 if D <= 128 else 2])
 
 
-def _dq_rule(D: int, dtype: torch.dtype, arch: str) -> BlockConfig:
-    if arch == "interpreter":
-        return _blocks(32, 32, 4, 1)
-    if dtype == torch.float32:
-        return _fp32_rule(D, arch)
-    if arch.startswith("gfx"):
-        return (
-            _blocks(128, 64, 4, 1)
-            if D <= 64
-            else _blocks(64, 32, 4, 1)
-            if D <= 128
-            else _blocks(32, 16, 4, 1)
-        )
-    if arch in (*_TENSOR_MEMORY, "sm_90"):
-        return (
-            _blocks(128, 64, 8, 3)
-            if D <= 64
-            else _blocks(128, 64, 8, 2)
-            if D <= 128
-            else _blocks(64, 32, 8, 2)
-        )
-    return _blocks(128, 64, 8, 2) if D <= 64 else _blocks(64, 64, 8, 2) if D <= 128 else _blocks(32, 32, 8, 2)
-
-
-def _dmask_rule(D: int, dtype: torch.dtype, arch: str) -> BlockConfig:
+def _dmask_rule(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
+    D = _width(options)
     if arch == "interpreter":
         return _blocks(32, 32, 4, 1)
     if dtype == torch.float32:
         return _fp32_rule(D, arch)
     if arch.startswith("gfx"):
         return _blocks(32, 32, 4, 1)
-    if arch in (*_TENSOR_MEMORY, "sm_90") and D <= 128:
-        return _blocks(64, 64, 8, 2) if D <= 64 else _blocks(64, 64, 8, 1)
-    return _blocks(32, 32, 8, 2) if D <= 128 else _blocks(16, 32, 4, 1)
+    return _blocks(32, 32, 8, 2) if D <= 64 else _blocks(16, 32, 8, 2) if D <= 128 else _blocks(16, 16, 8, 1)
 
 
 def _fp32_rule(D: int, arch: str) -> BlockConfig:
     if arch.startswith("gfx"):
         return _blocks(32, 32, 4, 1) if D <= 128 else _blocks(16, 16, 4, 1)
-    return _blocks(32, 32, 8, 1) if D <= 64 else _blocks(16, 32, 8, 1) if D <= 128 else _blocks(16, 16, 8, 1)
+    return _blocks(32, 32, 8, 1) if D <= 128 else _blocks(16, 32, 8, 1)
 
 
 def candidates(kernel: str, D: int) -> list[BlockConfig]:

@@ -23,13 +23,13 @@ class BlockConfig(common.LaunchConfig):
     BLOCK_N: int = 64
 
 
-def key_of(opts: Options, dtype: torch.dtype) -> str:
+def key_of(opts: Options, dtype: torch.dtype, loaded: bool) -> str:
     """What a table is asked for: "bf16-128-causal". The wider of the two head dimensions counts.
 
-    A mask and dropout have entries of their own ("bf16-128-causal-loaded"): what is best without them spills.
+    Calls that need more registers have entries of their own ("bf16-128-causal-loaded"): the best of others spills.
     """
     form = "causal" if opts.causal else "window" if opts.left else "full"
-    return f"{DTYPE_NAMES[dtype]}-{max(opts.D, opts.DV)}-{form}{'-loaded' if is_loaded(opts) else ''}"
+    return f"{DTYPE_NAMES[dtype]}-{max(opts.D, opts.DV)}-{form}{'-loaded' if loaded else ''}"
 
 
 def is_loaded(opts: Options) -> bool:
@@ -37,13 +37,17 @@ def is_loaded(opts: Options) -> bool:
     return opts.mask != 0 or opts.dropout
 
 
-def configure(kernel: str, opts: Options, dtype: torch.dtype, arch: str, rule: BlockConfig) -> BlockConfig:
+def configure(
+    kernel: str, opts: Options, dtype: torch.dtype, arch: str, rule: BlockConfig, *, loaded: bool
+) -> BlockConfig:  # fmt: skip
     """The configuration forced by the tuner, else the recorded one of `arch`, else `rule`."""
-    return common.configured(arch, kernel, key_of(opts, dtype), rule)
+    return common.configured(arch, kernel, key_of(opts, dtype, loaded), rule)
 
 
 def forward_config(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
-    return configure("attention_fwd", opts, dtype, arch, _forward_rule(opts, dtype, arch))
+    return configure(
+        "attention_fwd", opts, dtype, arch, _forward_rule(opts, dtype, arch), loaded=is_loaded(opts)
+    )
 
 
 def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
@@ -97,7 +101,8 @@ def candidates(kernel: str, width: int) -> list[BlockConfig]:
 def decode_config(opts: Options, rows: int, dtype: torch.dtype, arch: str) -> BlockConfig:
     """rows: queries times the heads that share keys. Two forms, so that a length seldom compiles anything."""
     kernel = "attention_decode" if rows <= 16 else "attention_decode_rows"
-    return configure(kernel, opts, dtype, arch, _decode_rule(opts, 16 if rows <= 16 else 32, dtype, arch))
+    rule = _decode_rule(opts, 16 if rows <= 16 else 32, dtype, arch)
+    return configure(kernel, opts, dtype, arch, rule, loaded=is_loaded(opts))
 
 
 def _decode_rule(opts: Options, rows: int, dtype: torch.dtype, arch: str) -> BlockConfig:

@@ -99,7 +99,7 @@ def _attention_bwd_dmask_kernel(
                     p, capped, hidden = bwd.probabilities(qk, t, n, lse2[:, None], rules, opts, True)
                     dp = bwd.row_products(
                         dout, v, dout_head, row_m, Lq, dout_st, v_head, row_n, Lk, v_st, opts.value_width, opts
-                    )
+                    )  # fmt: skip
                     if opts.dropout:
                         dp = tl.where(tile.kept(t, n, rules), dp * keep_scale, 0.0)
                     acc += bwd.score_gradients(p, dp, delta[:, None], capped, hidden, False, opts, True)

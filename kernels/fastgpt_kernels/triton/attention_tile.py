@@ -4,7 +4,7 @@
 
 Scores are kept in base 2 (s * log2 e), hidden ones are -inf. Where nothing is added and nothing capped, `scores`
 leaves q k^T as it is, and what exponentiates multiplies by `rules.unit`: one fused multiply-add. Under a float mask
-they are natural: its finite minimum, with which models hide keys, times log2 e would be -inf. `power` knows all three.
+they are natural: its finite minimum, with which models hide keys, times log2 e would be -inf. `power` knows both.
 
 `Options` are compile-time branches (the parameter is `opts`: Triton keeps the name `options` for itself). Sizes,
 strides and numbers are plain run-time arguments under the same names in every kernel (`Call.named`), none

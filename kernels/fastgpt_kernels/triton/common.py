@@ -81,7 +81,7 @@ def rows_rule(n: int, arch: str, *, one_block: int, tile: int, warps: int) -> Ro
     """At least `tile` elements and `warps` warps a program; a row of up to `one_block` columns stays whole.
 
     16 elements a thread keep enough bytes in flight to hide the memory's latency. In the interpreter, where every
-    step of a program costs the same time, blocks are large.
+    step of a program costs the same time, blocks are large, but of few rows: numpy adds them one after another.
     """
     cols = next_power_of_2(n)
     if arch == "interpreter":
@@ -95,11 +95,12 @@ def rows_rule(n: int, arch: str, *, one_block: int, tile: int, warps: int) -> Ro
     return RowsConfig(num_warps, 1, BLOCK_ROWS=min(max(tile // cols, 1), 128), BLOCK_COLS=cols)
 
 
-def all_registers(arch: str, num_warps: int) -> dict[str, int]:
-    """The option that makes NVIDIA's assembler use the registers there are: by itself it spills a few of them so that
-    one more program might run beside.
+def sixteen_warps(arch: str, num_warps: int) -> dict[str, int]:
+    """The option that lets NVIDIA's assembler use so many registers that 16 warps still run at once on a processor.
+
+    By itself it spills a few of them so that one more program might run beside.
     """
-    return {"maxnreg": min(65536 // (32 * num_warps), 255) // 8 * 8} if arch.startswith("sm_") else {}
+    return {"maxnreg": 65536 // (32 * max(num_warps, 16))} if arch.startswith("sm_") else {}
 
 
 class Tunable(NamedTuple):

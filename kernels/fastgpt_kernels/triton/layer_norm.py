@@ -26,13 +26,13 @@ from fastgpt_kernels.triton.common import (
     RowsConfig,
     Tunable,
     add_compensated,
-    all_registers,
     cdiv,
     column_sums,
     configured,
     next_power_of_2,
     processors,
     rows_rule,
+    sixteen_warps,
     unsupported,
     walkers,
 )
@@ -64,9 +64,7 @@ def heuristic_bwd(n: int, dtype: torch.dtype, arch: str) -> RowsConfig:
         rule = replace(rule, num_warps=2 * rule.num_warps)
     if n > rule.BLOCK_COLS and arch != "interpreter":
         # Four rows at a time, so that the partial sums, which then lie in memory, are touched once for the four.
-        rule = replace(
-            rule, BLOCK_ROWS=4, BLOCK_COLS=512 if wide else 1024, num_warps=4 if arch.startswith("gfx") else 8
-        )
+        rule = replace(rule, BLOCK_ROWS=4, BLOCK_COLS=512, num_warps=4 if arch.startswith("gfx") else 8)
     return configured(arch, "layer_norm_bwd", _key(n, dtype), rule)
 
 
@@ -131,7 +129,8 @@ def layer_norm_fwd(
         x, residual, _adjacent(weight), _adjacent(bias), y, stream, mean, rstd,
         rows, n, x_stride, residual_stride, eps,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, ONE_BLOCK=n <= config.BLOCK_COLS,
-        num_warps=config.num_warps, **all_registers(arch, config.num_warps),
+        num_warps=config.num_warps,
+        **(sixteen_warps(arch, config.num_warps) if x.dtype == torch.float32 and n > config.BLOCK_COLS else {}),
     )  # fmt: skip
     return y, stream, mean, rstd
 
@@ -151,7 +150,8 @@ def layer_norm_bwd(
     """(dx, dresidual, dweight, dbias); x is the stream where there was a residual."""
     n, rows = x.shape[-1], mean.numel()
     arch = arch_of(dy.device)
-    config = heuristic_bwd(n, torch.promote_types(x.dtype, dy.dtype), arch)
+    dtype = torch.promote_types(x.dtype, dy.dtype)
+    config = heuristic_bwd(n, dtype, arch)
     dx = memory.empty_like(dy) if need_dx else None
     dresidual = memory.empty_like(x) if need_dx and x.dtype != dy.dtype else None
     dw = memory.empty_like(weight) if need_dw and weight is not None else None
@@ -172,7 +172,7 @@ def layer_norm_bwd(
         rows, n, dy_stride, dstream_stride, x_stride,
         NEED_DW=dw is not None, NEED_DB=db is not None, BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS,
         ONE_BLOCK=n <= config.BLOCK_COLS, STAGES=config.num_stages, num_warps=config.num_warps,
-        **all_registers(arch, config.num_warps),
+        **(sixteen_warps(arch, config.num_warps) if dtype == torch.float32 or n > config.BLOCK_COLS else {}),
     )  # fmt: skip
     if partials is not None:
         column_sums(partials, dw, db)

@@ -27,13 +27,13 @@ from fastgpt_kernels.triton.common import (
     DTYPE_NAMES,
     RowsConfig,
     Tunable,
-    all_registers,
     cdiv,
     column_sums,
     configured,
     next_power_of_2,
     processors,
     rows_rule,
+    sixteen_warps,
     unsupported,
 )
 from fastgpt_kernels.triton.device import arch_of
@@ -107,15 +107,14 @@ def softmax_fwd(
     if x.numel() == 0:
         return y, p
     rows = x.numel() // n
-    arch = arch_of(x.device)
-    config = heuristic("softmax_fwd", n, x.dtype, arch)
+    config = heuristic("softmax_fwd", n, x.dtype, arch_of(x.device))
     x, x_stride = rows_of(x, n)
     launch(
         _softmax_fwd_kernel, (cdiv(rows, config.BLOCK_ROWS),),
         x, y, p, rows, n, x_stride, shape[-2] if causal else 1, scale,
         **_mask_arguments(shape, mask), **_dropout_arguments(dropout_p, rng), CAUSAL=causal,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, ONE_BLOCK=n <= config.BLOCK_COLS,
-        num_warps=config.num_warps, **all_registers(arch, config.num_warps),
+        num_warps=config.num_warps,
     )  # fmt: skip
     return y, p
 
@@ -144,11 +143,13 @@ def softmax_bwd(
     queries = shape[-2] if causal else 1
     config = heuristic("softmax_bwd", n, p.dtype, arch)
     common = {**_dropout_arguments(dropout_p, rng), "CAUSAL": causal}
+    # Philox takes as many registers as all the rest.
+    spare = sixteen_warps(arch, config.num_warps) if dropout_p > 0.0 else {}
     launch(
         _softmax_bwd_kernel, (cdiv(rows, config.BLOCK_ROWS),),
         dy, p, dx, inner, rows, n, dy_stride, queries, scale, **common,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, ONE_BLOCK=n <= config.BLOCK_COLS,
-        num_warps=config.num_warps, **all_registers(arch, config.num_warps),
+        num_warps=config.num_warps, **spare,
     )  # fmt: skip
     if dmask is None or inner is None:
         return dx, None
@@ -167,7 +168,6 @@ def softmax_bwd(
         dy, p, inner, dmask, inner if partials is None else partials, members, splits, n, dy_stride, queries,
         *sizes[1:], **common, SHARED=shared, DIMS=_dims(sizes), ONE_COLUMN=one_column,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, num_warps=config.num_warps,
-        **all_registers(arch, config.num_warps),
     )  # fmt: skip
     if partials is not None:
         column_sums(partials, dmask.view(-1))
