@@ -41,16 +41,24 @@ build: $(READY)  ## compile what has changed in csrc
 demo: build  ## train a small GPT on three paths, side by side, and let it write
 	$(BIN)/fastgpt demo
 
-# The GPU backends on CPU tensors: in a process of its own, because Triton interprets either all or nothing.
+# Two processes side by side: Triton interprets either all kernels or none.
 EMULATED := TRITON_INTERPRET=1 FASTGPT_CUDA_EMULATION=1
+HALVES := $(MAKE) --no-print-directory -j2 --output-sync=target
 
 test: build  ## the tests, without the slow ones
-	$(PYTEST) -q -m "not slow and not interpreter" --durations=15
-	$(EMULATED) $(PYTEST) -q -m "not slow and interpreter" --durations=15
+	@echo "two halves side by side; each is shown when it is done"
+	@$(HALVES) test-plain test-emulated CHOSEN='not slow and'
 
 test-all: build  ## all tests
-	$(PYTEST) -q -m "not interpreter" --durations=30
-	$(EMULATED) $(PYTEST) -q -m interpreter --durations=30
+	@echo "two halves side by side; each is shown when it is done"
+	@$(HALVES) test-plain test-emulated
+
+.PHONY: test-plain test-emulated
+test-plain:
+	$(PYTEST) -q -m "$(CHOSEN) not interpreter" --durations=15
+
+test-emulated:
+	$(EMULATED) $(PYTEST) -q -m "$(CHOSEN) interpreter" --durations=15
 
 bench: build  ## the quick benchmark suite
 	$(BIN)/python -m benchmarks --suite quick

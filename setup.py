@@ -97,15 +97,24 @@ def ninja() -> str:
 
 def python_includes() -> list[str]:
     """Include flags of this Python and of pybind11."""
-    if not importlib.util.find_spec("pybind11"):
-        raise PlatformError("fastgpt is built with pybind11: pip install pybind11")
-    import pybind11
-
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").is_file():
         version = sysconfig.get_python_version()
         raise PlatformError(f"no Python.h in {include}: install Python's headers (python{version}-dev)")
-    return [f"-I{include}", f"-I{pybind11.get_include()}"]
+    return [f"-I{include}", f"-I{pybind11_include()}"]
+
+
+def pybind11_include() -> str:
+    """Where pybind11's headers are: its own package, or those that torch brings along."""
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        return str(pybind11.get_include())
+    torch = importlib.util.find_spec("torch")  # not imported: that takes seconds
+    for folder in (torch and torch.submodule_search_locations) or []:
+        if Path(folder, "include", "pybind11", "pybind11.h").is_file():
+            return str(Path(folder, "include"))
+    raise PlatformError("fastgpt is built with pybind11: pip install pybind11")
 
 
 def source_hash(target: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import buffers
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
-from benchmarks.timing import Step, measure
+from benchmarks.timing import Step, measure, step_clock
 from fastgpt._core.spec import Draw
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.stock_gpt import StockGPT
@@ -64,7 +64,7 @@ def rows(dtype: str, options: Options, budget: Budget, seconds: float) -> list[R
         steps[name] = training_step(module, call, batches, dtype)
         steps[name](0)
         peaks[name] = buffers.peak_bytes(partial(steps[name], 0), device)
-    timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds)
+    timings = measure(steps, device, sets=BATCHES, seconds=4 * seconds, clock=step_clock(device))
 
     tokens = BATCH * LENGTH
     flops = 6 * parameter_count(StockGPT(MODEL)) * tokens

@@ -45,14 +45,16 @@ class Row:
     sets: int = 1
     tokens: int = 0
     note: str = ""
+    device_seconds: Quantiles | None = None  # where `seconds` is the wall clock's
 
     def __post_init__(self) -> None:
         self.seconds = Quantiles(*self.seconds) if self.seconds else None
         self.host_seconds = Quantiles(*self.host_seconds) if self.host_seconds else None
+        self.device_seconds = Quantiles(*self.device_seconds) if self.device_seconds else None
 
     def take(self, timing: Timing) -> None:
         self.seconds, self.host_seconds = timing.seconds, timing.host_seconds
-        self.minor_faults = timing.minor_faults
+        self.device_seconds, self.minor_faults = timing.device_seconds, timing.minor_faults
         self.rounds, self.calls = len(timing.samples), timing.calls
 
     @property

@@ -34,11 +34,15 @@ class Quantiles(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Per call. seconds: what the device took; host_seconds: what the caller waited, where that differs."""
+    """Per call. seconds: what is judged; host_seconds: what the caller waited, where that differs.
+
+    device_seconds: what the device took, where `seconds` is the wall clock's.
+    """
 
     seconds: float
     host_seconds: float | None = None
     minor_faults: float | None = None
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Timing:
     @property
     def host_seconds(self) -> Quantiles | None:
         values = [sample.host_seconds for sample in self.samples if sample.host_seconds is not None]
+        return quantiles(values) if values else None
+
+    @property
+    def device_seconds(self) -> Quantiles | None:
+        values = [sample.device_seconds for sample in self.samples if sample.device_seconds is not None]
         return quantiles(values) if values else None
 
     @property
@@ -129,8 +138,33 @@ class CudaClock:
         return Sample(start.elapsed_time(end) * 1e-3 / calls, host, None)
 
 
+class WallClock:
+    """Wall time from an idle device to an idle device, and beside it what another clock says of the same calls.
+
+    For whole steps of training, where a device that waits for its host is slow and must look slow.
+    """
+
+    def __init__(self, beside: Clock) -> None:
+        self.beside = beside
+
+    def sample(self, step: Step, first: int, calls: int, sets: int) -> Sample:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for i in range(first, first + calls):
+            step(i % sets)
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / calls
+        other = self.beside.sample(step, first, calls, sets)
+        return Sample(seconds, other.host_seconds, None, other.seconds)
+
+
 def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def step_clock(device: torch.device) -> Clock:
+    """For a whole training step: the host's part counts."""
+    return WallClock(CudaClock(device)) if device.type == "cuda" else CpuClock()
 
 
 def measure(
@@ -140,6 +174,7 @@ def measure(
     sets: int = 1,
     seconds: float = 1.0,
     min_rounds: int = MIN_ROUNDS,
+    min_calls: int = 1,
     clock: Clock | None = None,
     seed: int = 0,
 ) -> dict[str, Timing]:
@@ -153,7 +188,7 @@ def measure(
         estimate = clock.sample(step, 1, 1, sets).seconds
         if estimate < 10 * SAMPLE_SECONDS:
             estimate = min(estimate, *(clock.sample(step, i, 1, sets).seconds for i in range(2, 4)))
-        calls[name] = min(max(math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)), 1), max_calls)
+        calls[name] = min(max(math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)), min_calls), max_calls)
         if calls[name] > 1:
             clock.sample(step, 4, calls[name], sets)  # warm-up in the form that is timed
         round_seconds += estimate * calls[name]

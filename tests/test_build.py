@@ -185,3 +185,28 @@ def test_code_that_could_run_on_an_older_cpu_stops_the_build(tmp_path: Path, fau
         assert result.returncode != 0
         assert f"probe.generic.o: {fault}" in result.stdout
     assert not list((tree / "kernels").rglob("*.so"))
+
+
+@pytest.mark.parametrize("brought", [True, False], ids=["torch's", "none"])
+def test_without_pybind11_its_headers_are_those_in_torch(
+    brought: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = tmp_path / "torch" / "include" / "pybind11"
+    headers.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('looked up, never imported')")
+    if brought:
+        (headers / "pybind11.h").touch()
+    program = (
+        "import importlib.util, runpy, setuptools; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'pybind11' else find(name, *a)\n"
+        "setuptools.setup = lambda **settings: None\n"
+        "print(runpy.run_path('setup.py')['pybind11_include']())"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if brought:
+        assert done.stdout.strip() == str(tmp_path / "torch" / "include"), done.stderr
+    else:
+        assert "pip install pybind11" in done.stderr

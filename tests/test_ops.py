@@ -301,7 +301,7 @@ def test_any_shape(op: str) -> None:
     spec = registry.get(op)
 
     @settings(
-        max_examples=25,
+        max_examples=25 if DEVICE == "cpu" else 8,  # a GPU's kernels are compiled for each
         derandomize=True,
         database=None,
         deadline=None,
@@ -315,27 +315,54 @@ def test_any_shape(op: str) -> None:
     run()
 
 
+# What has rows and columns, and attention, on what runs at speed: not the definitions, not an emulator.
+HUGE = [
+    (op, variant.backend)
+    for op in OPS
+    for variant in variants(op)
+    if variant.level is None and not variant.emulated and variant.backend not in ("torch", "reference")
+    if op not in ("attention_qkv", "attention_varlen")  # the kernels and offsets of attention
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if "cpu" in backends(op)])
-def test_more_than_2_to_the_31_elements(op: str) -> None:
-    """Offsets of rows are 64 bits wide: the last rows of a huge tensor are as they are alone."""
-    columns, rows = 1024, 2**21 + 8
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < 5 * rows * columns * 2:
-        pytest.skip(f"needs 21 GB of free memory, here are {free / 1e9:.0f}")
-    function = _on(registry.get(op), "cpu")
-    tail, dy_tail = torch.randn(2, 8, columns, dtype=torch.bfloat16)
-    alone = tail.clone().requires_grad_()
-    y_alone = as_tuple(function(x=alone))[0]
-    (dx_alone,) = torch.autograd.grad(y_alone, alone, dy_tail)
-    x = torch.zeros(rows, columns, dtype=torch.bfloat16)
-    x[-8:] = tail
-    y = as_tuple(function(x=x.requires_grad_()))[0]
-    assert same_bits(y[-8:], y_alone)
-    dy = torch.zeros(rows, columns, dtype=torch.bfloat16)
-    dy[-8:] = dy_tail
-    (dx,) = torch.autograd.grad(y, x, dy)
-    assert same_bits(dx[-8:], dx_alone)
+@pytest.mark.parametrize(("op", "backend"), HUGE, ids=[f"{op}-{backend}" for op, backend in HUGE])
+def test_more_than_2_to_the_31_elements(op: str, backend: str) -> None:
+    """Offsets are 64 bits wide: the end of huge tensors is as it is alone, forward and backward."""
+    names, shape = (
+        (("q", "k", "v"), (2**20 + 8, 2, 16, 64)) if op == "attention" else (("x",), (2**21 + 8, 1024))
+    )
+    needed = (
+        2 * math.prod(shape) * (5 if op != "attention" else 9)
+    )  # inputs, output and the gradients of both
+    if (free := _free_bytes()) < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free memory, here are {free / 1e9:.0f}")
+    function = _on(registry.get(op), backend)
+
+    def huge(end: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(shape, dtype=end.dtype, device=DEVICE)
+        whole[-8:] = end
+        return whole
+
+    def run(inputs: list[torch.Tensor], dy: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.requires_grad_() for x in inputs]
+        y = as_tuple(function(**dict(zip(names, leaves, strict=True))))[0]
+        found = [y, *torch.autograd.grad(y, leaves, dy)]
+        return [value[-8:].detach().clone() for value in found]
+
+    ends = [torch.randn(8, *shape[1:], dtype=torch.bfloat16, device=DEVICE) for _ in names]
+    dy = torch.randn_like(ends[0])
+    alone = run([end.clone() for end in ends], dy)
+    for got, expected in zip(run([huge(end) for end in ends], huge(dy)), alone, strict=True):
+        assert bool(expected.any())
+        assert same_bits(got, expected)
+
+
+def _free_bytes() -> int:
+    if DEVICE == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _on(spec: OpSpec, backend: str) -> Any:

@@ -93,6 +93,17 @@ def test_a_candidate_that_does_not_run_is_refused_not_fatal(machine: Machine) ->
     assert set(tuned(entry, machine).refused) == {tune.describe(FAST)}  # KeyError at the launch itself
 
 
+def test_an_entry_that_no_case_reaches_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real run; a dry run, which times nothing, goes through it."""
+    monkeypatch.setattr(tune, "cases_by_lookup", lambda spec, arch: {})
+    entry = next(tune.entries(["gelu"], "sm_90", CPU))
+    outcome = tune.Outcome(None, 1.0)
+    assert tune.screen(entry, outcome) == {}
+    assert set(outcome.refused) == set(entry.candidates)
+    entry = next(tune.entries(["gelu"], "sm_90", CPU, check=False))
+    assert tune.screen(entry, tune.Outcome(None, 1.0))
+
+
 def test_an_entry_of_two_problems_must_gain_on_both(machine: Machine) -> None:
     """768 and 1024 columns share the key 1024: what is faster for one and slower for the other is not taken."""
     outcome = tune.Outcome(None, 1.0)

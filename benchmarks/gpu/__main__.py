@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
 import signal
 import sys
@@ -15,18 +17,14 @@ from benchmarks.gpu.schedule import Outcome, Part, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("check", "bench", "tune", "races")  # the most valuable first
-# Op: (the stem of its kernels' files, among how many processes its check is split); the longest first. What takes
-# the time is Triton's compiler, on the host.
-OPS = {
-    "attention": ("attention", 6),
-    "attention_varlen": ("attention", 3),
-    "attention_qkv": ("attention", 2),
-    "softmax": ("softmax", 3),
-    "layer_norm": ("layer_norm", 2),
-    "gelu": ("gelu", 1),
-}
 BACKENDS = ("triton", "cuda")
+CHECKED_TOGETHER = (
+    25  # cases and dtypes for one process. What takes the time is Triton's compiler, on the host
+)
+REHEARSED = "gelu"  # the op that a rehearsal checks
 ARCHIVE = "fastgpt-gpu.tar.gz"
+# -v: the log of a run that is killed says what had passed.
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", "tests/test_ops.py")
 
 
 def main(arguments: list[str]) -> int:
@@ -57,10 +55,13 @@ def main(arguments: list[str]) -> int:
         run_parts(parts_of(options, out), out, left, environment, workers, outcomes=outcomes)
     except KeyboardInterrupt:
         print("interrupted: reporting what there is")
+    verdict = summary.verdict(out, outcomes)
     summary.write(out, outcomes, options.dry)
     archive(out)
-    print(f"{out / ARCHIVE} after {time.monotonic() - began:.0f} s; the report is {out / 'report.md'}")
-    return 0 if all(outcome.ok for outcome in outcomes) and summary.all_proven(out) else 1
+    print(
+        f"{out / ARCHIVE} after {time.monotonic() - began:.0f} s; the report is {out / 'report.md'}: {verdict}"
+    )
+    return 0 if verdict == summary.PROVEN else 1
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,17 +95,21 @@ def parts_of(options: argparse.Namespace, out: Path) -> list[Part]:
         command = (sys.executable, "-m", "benchmarks.gpu.part", name, "--out", str(out), *flags)
         return Part(name, command, share, group=group)
 
+    from fastgpt._core import registry
+
+    ops = [REHEARSED] if options.dry else list(shards())
     checked = [
-        f"check-{backend}-{op}-{shard}of{shards}"
-        for op, (stem, shards) in OPS.items()
+        f"check-{backend}-{op}-{shard}of{shards()[op]}"
+        for op in ops
         for backend in BACKENDS
-        for shard in range(shards)
-        if is_written(backend, stem) and (op == "gelu" or not options.dry)
+        for shard in range(shards()[op])
+        if registry.is_written(op, backend) and not (options.dry and shard)
     ]
     by_group = {
         "check": [
             *(part(name, 0.30 / max(len(checked), 1), together or "check") for name in checked),
-            matrix_part(options.dry, together or "check"),
+            *(matrix_part(op, options.dry, together or "check") for op in ops),
+            *([] if options.dry else [large_part()]),
         ],
         "bench": [
             part("small", 0.05),
@@ -116,12 +121,23 @@ def parts_of(options: argparse.Namespace, out: Path) -> list[Part]:
         "tune": [tune_part(out, options.dry, together)],
         "races": [part("races", 0.06), part("sanitizer", 0.06)],
     }
+    if options.dry:  # fewer processes: to start one is most of what it takes
+        by_group["check"] = [part(",".join(checked), 1.0), matrix_part(REHEARSED, True, together)]
+        by_group["bench"] = [part("small,memory,decode,attention,training", 1.0)]
+        by_group["races"] = [part("races,sanitizer", 1.0)]
     return [one for name in GROUPS if name in options.part for one in by_group[name]]
 
 
-def is_written(backend: str, stem: str) -> bool:
-    """Whether `backend` has a module of that name: looked up without importing anything that could fail."""
-    return (ROOT / "kernels" / "fastgpt_kernels" / backend / f"{stem}.py").is_file()
+@functools.cache
+def shards() -> dict[str, int]:
+    """Among how many processes the check of each op is split; the longest ops first."""
+    from fastgpt._core import registry  # not before the build: it loads what was built
+    from fastgpt.testing.inputs import dtypes_of
+
+    jobs = {spec.name: sum(len(dtypes_of(case)) for case in spec.cases) for spec in registry.ops()}
+    return {
+        op: math.ceil(jobs[op] / CHECKED_TOGETHER) for op in sorted(jobs, key=jobs.__getitem__, reverse=True)
+    }
 
 
 def tune_part(out: Path, dry: bool, group: str) -> Part:
@@ -131,11 +147,18 @@ def tune_part(out: Path, dry: bool, group: str) -> Part:
     return Part("tune", tuple(command), 0.10, flag="--budget", group=group)
 
 
-def matrix_part(dry: bool, group: str) -> Part:
-    """What the generated tests look at beside the cases: NaN, infinity, any shape, which backend ran."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py")
-    chosen = "not test_case and (triton or cuda or any_shape)" if not dry else "asked_for and gelu-triton"
-    return Part("matrix", (*command, "-k", chosen), 0.05, flag="", group=group)
+def matrix_part(op: str, dry: bool, group: str) -> Part:
+    """What the generated tests of an op look at beside the cases: NaN, infinity, any shape, which backend ran."""
+    others = "".join(f" and not {other}" for other in shards() if other != op and op in other)
+    chosen = "asked_for and triton" if dry else "not test_case and (triton or cuda or any_shape)"
+    return Part(
+        f"matrix-{op}", (*PYTEST, "-m", "not slow", "-k", f"{op}{others} and {chosen}"), 0.01, "", group
+    )
+
+
+def large_part() -> Part:
+    """More than 2^31 elements: one after the other, for they take much of the memory."""
+    return Part("large", (*PYTEST, "-m", "slow", "-k", "2_to_the_31"), 0.03, flag="")
 
 
 def archive(out: Path) -> None:

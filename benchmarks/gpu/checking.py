@@ -36,7 +36,13 @@ def run(backend: str, op: str, shard: str, machine: Gpu, recorder: Recorder, bud
     jobs = list(machine.sizes(jobs[int(first) :: int(shards)], [(REHEARSED, dtypes_of(REHEARSED)[1])]))
     for done, (case, dtype) in enumerate(jobs):
         if budget.left < 0.0:
-            recorder.not_run(f"{op} {backend}", f"{len(jobs) - done} of {len(jobs)} cases: time is spent")
+            left = len(jobs) - done
+            recorder.finding(
+                kind="incomplete",
+                what=f"{op} {backend}",
+                missing=left,
+                why=f"of {len(jobs)} cases: time is spent",
+            )
             return
         _judge(spec, backend, case, DTYPE_NAMES[dtype], machine, recorder)
 
@@ -58,10 +64,8 @@ def _judge(spec: OpSpec, backend: str, case: Case, dtype: str, machine: Gpu, rec
         recorder.finding(**found, ok=False, failures=[contest.reason(error)], repro=repro(found))
         contest.stop_if_broken(error)
         return
+    found |= verdict(report)
     worst = max(report.rows, key=lambda row: row.kernel.ratio, default=None)
-    found["ok"] = not report.failures and bool(report.rows or report.skipped)
-    found["skipped"] = "; ".join(why for *_, why in report.skipped)
-    found["failures"] = [f"{failure.hazard}: {failure.detail}" for failure in report.failures]
     if worst is not None:
         found |= {"result": worst.output, "error": worst.kernel.error, "bound": worst.kernel.bound}
         found["ratio"] = worst.kernel.ratio
@@ -70,6 +74,15 @@ def _judge(spec: OpSpec, backend: str, case: Case, dtype: str, machine: Gpu, rec
     recorder.finding(**found, seconds=round(time.perf_counter() - began, 2))
     for failure in report.failures:
         contest.stop_if_broken(RuntimeError(failure.detail))
+
+
+def verdict(report: testing.Report) -> dict[str, Any]:
+    """Whether it is proven: the GPU backends take every declared case, so that a refusal is a failure."""
+    failures = [f"{failure.hazard}: {failure.detail}" for failure in report.failures]
+    failures += [f"refused: {why}" for *_, why in report.skipped]
+    if not report.rows and not failures:
+        failures.append("nothing was judged")
+    return {"ok": not failures, "failures": failures}
 
 
 def repro(found: dict[str, Any]) -> str:

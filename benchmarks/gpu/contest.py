@@ -16,7 +16,7 @@ from benchmarks.gpu.machine import Gpu
 from benchmarks.results import FASTGPT, Row
 from benchmarks.timing import Step, measure
 from fastgpt._core import dispatch
-from fastgpt._core.spec import Cost, OpSpec
+from fastgpt._core.spec import Case, Cost, OpSpec
 from fastgpt.testing.inputs import as_tuple, leaf_names
 
 Function = Callable[..., Any]
@@ -87,7 +87,7 @@ def run(contest: Contest, machine: Gpu, seconds: float, backend: str) -> list[Ro
         for pass_, step in suites.passes_of(function, rotated, contest.leaves, grads).items():
             label = f"{name} {pass_}"
             steps[label], labels[label] = step, (name, pass_)
-            peaks[name, pass_] = buffers.peak_bytes(partial(step, 0), machine.device)
+            peaks[name, pass_] = machine.peak_bytes(partial(step, 0))
     measured = measure(
         steps, machine.device, sets=sets, seconds=seconds, min_rounds=machine.rounds, clock=machine.clock
     )
@@ -130,6 +130,15 @@ def once(
         ):
             found[f"d{name}"] = gradient
     return found
+
+
+def one_of_each(spec: OpSpec) -> list[Case]:
+    """The smallest case, that is not trivially small, of every form: a set of options and of sizes that are one."""
+    found: dict[Any, Case] = {}
+    for case in sorted(spec.cases, key=lambda case: math.prod(case.shape)):
+        if math.prod(case.shape) > 20:
+            found.setdefault((frozenset(case.options), tuple(size == 1 for size in case.shape)), case)
+    return list(found.values())
 
 
 def reason(error: Exception) -> str:

@@ -42,25 +42,27 @@ class CUDAGraph:
         raise RuntimeError("a faked graph recorded nothing")
 
 
-def install() -> None:
-    """Put the fakes in torch.cuda's place, for the rest of this process."""
-    fakes: dict[str, Any] = {
-        "Event": Event,
-        "Stream": Stream,
-        "CUDAGraph": CUDAGraph,
-        "_sleep": lambda cycles: None,
-        "synchronize": lambda device=None: None,
-        "current_stream": lambda device=None: Stream(),
-        "stream": lambda stream: nullcontext(),
-        "graph": _graph,
-        "empty_cache": lambda: None,
-    }
-    for name, fake in fakes.items():
-        getattr(torch.cuda, name)  # AttributeError: a name that torch does not have
-        setattr(torch.cuda, name, fake)
-
-
 @contextmanager
 def _graph(graph: CUDAGraph) -> Any:
     assert isinstance(graph, CUDAGraph)
     yield
+
+
+FAKES: dict[str, Any] = {
+    "Event": Event,
+    "Stream": Stream,
+    "CUDAGraph": CUDAGraph,
+    "_sleep": lambda cycles: None,
+    "synchronize": lambda device=None: None,
+    "current_stream": lambda device=None: Stream(),
+    "stream": lambda stream: nullcontext(),
+    "graph": _graph,
+    "empty_cache": lambda: None,
+}
+
+
+def install() -> None:
+    """Put the fakes in torch.cuda's place, for the rest of this process."""
+    for name, fake in FAKES.items():
+        getattr(torch.cuda, name)  # AttributeError: a name that torch does not have
+        setattr(torch.cuda, name, fake)

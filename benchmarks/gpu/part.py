@@ -26,7 +26,9 @@ SUITES = {
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.part", description=__doc__)
-    parser.add_argument("name", help=f"{', '.join(SUITES)}, or check-BACKEND-OP-SHARD")
+    parser.add_argument(
+        "names", metavar="name", help=f"one or several of {','.join(SUITES)}, or check-BACKEND-OP-SHARD"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry", action="store_true")
@@ -35,13 +37,14 @@ def main(arguments: list[str]) -> int:
     budget = Budget(options.seconds)
     torch.manual_seed(0)
     machine = choose_machine(options.dry)
-    settings = {"suite": f"gpu-{options.name}", "seconds": options.seconds, "dry": options.dry}
-    recorder = Recorder(options.out / f"{options.name}.jsonl", settings, machine.device)
-    if options.name.startswith("check-"):
-        _, backend, op, shard = options.name.split("-")
-        checking.run(backend, op, shard, machine, recorder, budget)
-    else:
-        SUITES[options.name](machine, recorder, budget, options.full)
+    for name in options.names.split(","):
+        settings = {"suite": f"gpu-{name}", "seconds": options.seconds, "dry": options.dry}
+        recorder = Recorder(options.out / f"{name}.jsonl", settings, machine.device)
+        if name.startswith("check-"):
+            _, backend, op, shard = name.split("-")
+            checking.run(backend, op, shard, machine, recorder, budget)
+        else:
+            SUITES[name](machine, recorder, budget, options.full)
     return 0
 
 

@@ -6,6 +6,7 @@ that what a kernel leaves unwritten, or reads before it is written, comes out di
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -20,21 +21,24 @@ from fastgpt._core import registry
 from fastgpt._core.spec import Case, OpSpec
 from fastgpt.testing.inputs import as_tuple, dtypes_of, leaf_names
 
-REPEATS = 1000
+REPEATS, FORM_REPEATS = 1000, 100  # of the benchmark's cases, of the small ones
 DIRT_MIB = (1, 3, 16, 64)
 CHURN_MIB = 512
 
 
 def run(machine: Gpu, recorder: Recorder, budget: Budget, full: bool) -> None:
-    repeats = machine.sizes((REPEATS,), (1,))[0]
     jobs = [
-        (spec, case, backend) for spec, case in _cases(machine) for backend in machine.backends(spec.name)
+        (spec, case, repeats, backend)
+        for spec, case, repeats in machine.sizes(cases(), rehearsed())
+        for backend in machine.backends(spec.name)
     ]
-    for spec, case, backend in jobs:
-        name = f"{spec.name} {case.name} {backend}"
+    for done, (spec, case, repeats, backend) in enumerate(jobs):
         if budget.left < 1.0 and not machine.dry:
-            recorder.not_run(name, "this part's time is spent")
-            continue
+            left = len(jobs) - done
+            recorder.finding(
+                kind="incomplete", what="races", missing=left, why=f"of {len(jobs)} cases: time is spent"
+            )
+            return
         try:
             _repeat(spec, case, backend, repeats, machine, recorder)
         except Exception as error:
@@ -49,24 +53,25 @@ def run(machine: Gpu, recorder: Recorder, budget: Budget, full: bool) -> None:
             contest.stop_if_broken(error)
 
 
-def _cases(machine: Gpu) -> list[tuple[OpSpec, Case]]:
-    """The benchmark's cases, the ops in turn; in a rehearsal a small one of each."""
-    if machine.dry:
-        return [
-            (spec, min((c for c in spec.cases if _size(c) > 20 and not c.mixed), key=_size))
-            for spec in registry.ops()
-        ]
-    longest = max(len(spec.bench_cases) for spec in registry.ops())
-    return [
-        (spec, spec.bench_cases[i])
-        for i in range(longest)
+Job = tuple[OpSpec, Case, int]  # and how often
+
+
+def cases() -> list[Job]:
+    """One case of each form, then the benchmark's; the ops in turn."""
+    by_op = [
+        [(spec, case, FORM_REPEATS) for case in contest.one_of_each(spec)]
+        + [(spec, case, REPEATS) for case in spec.bench_cases]
         for spec in registry.ops()
-        if i < len(spec.bench_cases)
     ]
+    return [job for layer in itertools.zip_longest(*by_op) for job in layer if job is not None]
 
 
-def _size(case: Case) -> int:
-    return torch.Size(case.shape).numel()
+def rehearsed() -> list[Job]:
+    """A small one of each op."""
+    return [
+        (spec, next(case for case in contest.one_of_each(spec) if not case.mixed), 1)
+        for spec in registry.ops()
+    ]
 
 
 def _repeat(spec: OpSpec, case: Case, backend: str, repeats: int, machine: Gpu, recorder: Recorder) -> None:

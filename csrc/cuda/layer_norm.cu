@@ -187,7 +187,8 @@ struct BackwardRow {
 
 // Rows in registers: dx, and with partials the sums of dw and db over the rows of the block.
 template <class T, class X, class Group, int K>
-__global__ void __launch_bounds__(Group::kIsBlock ? kThreadsBwd : kWarpsBwd * kWarpSize)
+__global__ void __launch_bounds__(Group::kIsBlock ? kThreadsBwd : kWarpsBwd * kWarpSize,
+                                  1)  // without the 1 ptxas spills to fit one more block
     backward_kernel(Backward a) {
   constexpr int N = kVector<T>;
   Group group;
