@@ -1,7 +1,9 @@
 """`python -m benchmarks offline`: proof of the Triton kernels without a GPU.
 
 Records what the launchers launch for the calls of `offline_calls`, compiles exactly that for every architecture, and
-makes one table of registers, spills, shared memory and matrix instructions. What must not be makes it fail.
+makes one table of registers, spills, shared memory and matrix instructions. What must not be makes it fail. The table
+that is kept names each kernel by a hash of all that it is made from: what has not changed is not compiled again, and
+a test sees at once whether the table is of the kernels that are there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -50,9 +52,24 @@ class Table:
             "triton": self.triton,
             "failures": self.failures,
             "notes": self.notes,
-            "rows": [row.to_json() for row in self.rows],
             "cuda": None if self.cuda is None else [dataclasses.asdict(row) for row in self.cuda],
+            "rows": [row.to_json() for row in self.rows],
         }
+
+    def dump(self) -> str:
+        """As JSON, a row a line, so that two tables can be compared."""
+        head = self.to_json()
+        rows = ",\n".join(json.dumps(row) for row in head.pop("rows"))
+        return f'{json.dumps(head)[:-1]},\n"rows": [\n{rows}\n]}}\n'
+
+
+def recorded_rows(version: str = triton.__version__) -> dict[str, Row]:
+    """The rows of the table that is kept for a version of Triton, by the hash of what they are of."""
+    path = RESULTS / f"offline-{version}.json"
+    if not path.is_file():
+        return {}
+    rows = ({k: v for k, v in row.items() if k != "faults"} for row in json.loads(path.read_text())["rows"])
+    return {row["hash"]: Row(**row) for row in rows}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,25 +79,31 @@ def main(arguments: Sequence[str]) -> int:
     whole = not (options.op or options.arch or options.quick)
     out = options.out or (RESULTS if whole else None)  # the recorded table is of everything
     calls = offline_calls.calls(options.op or (), quick=options.quick)
-    table = make_table(calls, options.arch or ARCHS, cache=options.cache, cuda=not options.no_cuda)
+    known = {} if options.fresh else recorded_rows()
+    table = make_table(calls, options.arch or ARCHS, options.cache, known, cuda=not options.no_cuda)
     text = markdown(table)
     print(text)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         stem = out / f"offline-{table.triton}"
-        stem.with_name(f"{stem.name}.json").write_text(json.dumps(table.to_json(), indent=1) + "\n")
+        stem.with_name(f"{stem.name}.json").write_text(table.dump())
         stem.with_name(f"{stem.name}.md").write_text(text)
     return 1 if table.failures else 0
 
 
 def make_table(
-    calls: Sequence[Call], archs: Sequence[str] = ARCHS, *, cache: Path | None = CACHE, cuda: bool = True
+    calls: Sequence[Call],
+    archs: Sequence[str] = ARCHS,
+    cache: Path | None = CACHE,
+    known: Mapping[str, Row] | None = None,
+    *,
+    cuda: bool = True,
 ) -> Table:
-    """Record, compile, judge. cache: where rows are kept by a hash of all that they depend on."""
+    """Record, compile, judge. cache: where rows are kept by their hash; known: rows that need no compiling."""
     started = time.perf_counter()
     jobs, failures = record_all(calls, archs)
     rows = []
-    for done, row in enumerate(compile_all(jobs, cache), 1):
+    for done, row in enumerate(compile_all(jobs, cache, known=known), 1):
         rows.append(row)
         if sys.stderr.isatty():
             print(f"\r{done}/{len(jobs)} {row.title[:80]:80}", end="", file=sys.stderr, flush=True)
@@ -130,19 +153,27 @@ def compile_all(
     jobs: Sequence[Job],
     cache: Path | None = CACHE,
     compiler: Callable[[Specialisation, list[str]], Row] = compile_row,
+    known: Mapping[str, Row] | None = None,
 ) -> Iterator[Row]:
-    """A row for every job, those from the cache first."""
+    """A row for every job, those that are known or in the cache first."""
     todo: list[Job] = []
     paths: dict[int, Path] = {}
+    hashes: dict[int, str] = {}
     for what, names in jobs:
-        path = None if cache is None else cache / f"{what.hash()}.json"
+        digest = what.hash()
+        if known and digest in known and not known[digest].error:
+            yield dataclasses.replace(known[digest], calls=names)
+            continue
+        path = None if cache is None else cache / f"{digest}.json"
         if path is not None and path.is_file():
             yield dataclasses.replace(Row(**json.loads(path.read_text())), calls=names)
             continue
         if path is not None:
             paths[len(todo)] = path
+        hashes[len(todo)] = digest
         todo.append((what, names))
     for index, row in _in_workers(todo, compiler):
+        row.hash = hashes[index]
         if index in paths and not row.error:
             paths[index].parent.mkdir(parents=True, exist_ok=True)
             part = paths[index].with_suffix(".part")  # a run cut short must not leave half a row
@@ -256,6 +287,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this one (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="a representative part, as in every run of CI")
+    parser.add_argument("--fresh", action="store_true", help="take nothing from the table that is kept")
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA C++ kernels out")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="default: build/offline")
     parser.add_argument(

@@ -73,18 +73,8 @@ class Attention:
 
 # ---- the data -------------------------------------------------------------------------------------------------
 
-_WIDTHS = (
-    256,
-    768,
-    1024,
-    1280,
-    1600,
-    4096,
-    8192,
-    16384,
-    50257,
-    131072,
-)  # GPT-2's four, and the memory suite's
+# GPT-2's four, the memory suite's, and one that is a multiple of 8 alone.
+_WIDTHS = (256, 768, 1000, 1024, 1280, 1600, 4096, 8192, 16384, 50257, 131072)
 _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
     "layer_norm": (
         *(Case((8192, n)) for n in _WIDTHS),
@@ -93,6 +83,8 @@ _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
         Case((8192, 768), {"bias": False}),
         Case((8192, 768), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
         Case((8192, 1600), {"parameters": "fp32"}, mixed=True),
+        Case((8192, 1600), {"stream": "fp32"}, mixed=True),
+        Case((8192, 8192), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
     ),
     "gelu": tuple(
         Case((8192, n), {"approximate": approximate, **bias})
@@ -109,7 +101,7 @@ _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
             for over in ("b11k", "11qk", "bhqk")
         ),
         Case((2, 12, 1024, 1024), {"mask": "bool", "over": "b11k", "causal": True}),
-        Case((2, 12, 1024, 1024), {"causal": True, "dropout": 0.1}),
+        *(Case((2, 12, n, n), {"causal": True, "dropout": 0.1}) for n in (1000, 1024, 4096, 16384)),
         Case((2, 12, 64, 50257), {"mask": "fp32", "over": "b11k", "dropout": 0.1}),
     ),
 }
@@ -142,6 +134,14 @@ _ATTENTION: tuple[Attention, ...] = (
             {"causal": True, "return_lse": True},
             {"causal": True, "packed": True},
             {"causal": True, "varlen": True},
+        )
+    ),
+    *(  # several options at once, where registers are shortest
+        Attention((8, 12, 1024, 1024, width), options)
+        for width in (64, 128, 256)
+        for options in (
+            {"causal": True, "mask": "padding", "window": (256, 0), "dropout_p": 0.1, "kv_heads": 3},
+            {"causal": True, "alibi_slopes": True, "softcap": 30.0, "varlen": True},
         )
     ),
     *(  # decode

@@ -80,8 +80,12 @@ class Specialisation:
         return {names[path[0]]: str(value) for path, value in self.constants.items() if len(path) == 1}
 
     def hash(self) -> str:
-        """Of all that decides about the row: the kernel and what it calls, how it is compiled, this file."""
-        parts = (self.source.hash(), self.arch, self.options, triton.__version__, Path(__file__).read_text())
+        """Of all that decides about the row: the kernel and what it calls, how it is compiled, this file.
+
+        The same on every machine: of the options all but the place of Triton's own libraries.
+        """
+        options = sorted((key, value) for key, value in vars(self.options).items() if key != "extern_libs")
+        parts = (self.source.hash(), self.arch, options, triton.__version__, Path(__file__).read_text())
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -129,6 +133,7 @@ class Row:
     serialized: int = 0
     seconds: float = 0.0
     error: str = ""
+    hash: str = ""  # of the specialisation
 
     @property
     def title(self) -> str:

@@ -61,8 +61,23 @@ def run_offline(out: Path, *arguments: str, python_path: str = "") -> dict[str, 
     return table
 
 
+def test_every_shipped_kernel_is_in_the_table_that_is_kept() -> None:
+    """As it is now: each was compiled for every architecture, and nothing was wrong."""
+    recorded = offline.recorded_rows()
+    if not recorded:
+        pytest.skip(f"no table is kept for Triton {triton.__version__}")
+    jobs, failures = offline.record_all(offline_calls.calls(), ARCHS)
+    assert not failures
+    missing = [f"{what.name} {what.arch} [{names[0]}]" for what, names in jobs if what.hash() not in recorded]
+    assert not missing, (
+        f"changed since; run `python -m benchmarks offline`: {len(missing)}, e.g. {missing[0]}"
+    )
+    assert [fault for row in recorded.values() for fault in faults(row)] == []
+
+
 def test_a_part_of_the_shipped_kernels(tmp_path: Path) -> None:
-    table = run_offline(tmp_path, "--quick", "--no-cuda")
+    """Compiled anew: the table that is kept tells the truth."""
+    table = run_offline(tmp_path, "--quick", "--fresh", "--no-cuda", "--cache", str(tmp_path / "cache"))
     assert table["triton"] == triton.__version__
     text = (tmp_path / f"offline-{triton.__version__}.md").read_text()
     assert "Nothing is wrong." in text
@@ -71,7 +86,7 @@ def test_a_part_of_the_shipped_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_shipped_kernels(tmp_path: Path) -> None:
-    run_offline(tmp_path)
+    run_offline(tmp_path, "--fresh", "--cache", str(tmp_path / "cache"))
 
 
 @pytest.mark.slow
@@ -210,6 +225,24 @@ def test_a_second_run_takes_rows_from_the_cache(tmp_path: Path) -> None:
     rows = list(offline.compile_all(jobs, cache, _counted(counter)))
     assert [row.calls for row in rows] == [["second"]] * 3
     assert counter.read_text() == "xxx"
+
+
+def test_what_is_known_is_not_compiled_again(tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+    jobs = [(specialisation(num_warps=warps), ["first"]) for warps in (2, 4)]
+    first = {row.hash: row for row in offline.compile_all(jobs, None, _counted(counter))}
+    assert len(first) == 2
+    rows = list(offline.compile_all([(jobs[0][0], ["second"])], None, _counted(counter), first))
+    assert [row.calls for row in rows] == [["second"]]
+    assert counter.read_text() == "xx"
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row("_k", "sm_90", ["gelu"], {"N": "16"}, 4, 1, registers=7, matrix={"HGMMA": 2}, hash="ab")
+    monkeypatch.setattr(offline, "RESULTS", tmp_path)
+    assert offline.recorded_rows("9.9") == {}
+    (tmp_path / "offline-9.9.json").write_text(offline.Table("9.9", [row], None, [], []).dump())
+    assert offline.recorded_rows("9.9") == {"ab": row}
 
 
 def test_the_cache_sees_a_change_of_the_kernel() -> None:

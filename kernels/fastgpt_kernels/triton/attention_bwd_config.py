@@ -2,7 +2,8 @@
 
 None of the rules spills or serialises wgmma (Triton 3.7.1, offline), also where options come together: dropout with a
 mask, a window and grouped heads; softcap with ALiBi, a window and documents. What they avoid:
-- sm_90, dkdv, D = 128: 64 x 128 spills 84 bytes (255 registers); 32 x 128 takes 244. A candidate all the same.
+- sm_90, dkdv: 64 x 128 spills 8 bytes at D = 64 with grouped heads; at D = 128 84, and 32 x 128 40 with a window too.
+  Candidates all the same.
 - sm_90, dkdv, D = 256: two accumulators of 64 keys, the least that wgmma takes, leave too few registers; 32 keys
   compile to HMMA instead. So they do, at any D, where a call is loaded: the counters of dropout and the addresses of
   a mask do not fit beside wgmma's operands.
@@ -23,20 +24,20 @@ Rules = tuple[tuple[Sizes, Sizes, Sizes], tuple[Sizes, Sizes, Sizes]]
 
 _DKDV: dict[str, Rules] = {
     "sm_80": (
-        ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     ),
     "sm_90": (
-        ((64, 128, 8, 2), (32, 128, 8, 3), (32, 32, 8, 2)),
+        ((32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 2)),
         ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     ),
     "sm_100": (
-        ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-        ((64, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 2)),
+        ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 2)),
+        ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
     ),
     "gfx": (
-        ((64, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
-        ((32, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+        ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+        ((32, 64, 4, 1), (16, 64, 4, 1), (16, 16, 4, 1)),
     ),
 }
 _DQ: dict[str, Rules] = {
@@ -50,7 +51,7 @@ _DQ: dict[str, Rules] = {
     ),
     "sm_100": (
         ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        ((64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 1)),
     ),
     "gfx": (
         ((128, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
@@ -94,9 +95,11 @@ def _rule(rules: dict[str, Rules], options: Options, dtype: torch.dtype, arch: s
     if arch == "interpreter":
         return _blocks(32, 32, 4, 1)
     if dtype == torch.float32:
-        return _fp32_rule(D, arch)
+        return _fp32_rule(D, arch, 128 if rules is _DQ else 64)
     family = "gfx" if arch.startswith("gfx") else "sm_100" if arch == "sm_103" else arch
-    sizes = rules.get(family, rules["sm_80"])[_is_loaded(options)]
+    # The loop over grouped heads does not fit beside tcgen05's operands.
+    loaded = _is_loaded(options) or (rules is _DKDV and family == "sm_100" and options.group > 1)
+    sizes = rules.get(family, rules["sm_80"])[loaded]
     return _blocks(*sizes[0 if D <= 64 else 1 if D <= 128 else 2])
 
 
@@ -111,10 +114,10 @@ def _dmask_rule(options: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
     return _blocks(32, 32, 8, 2) if D <= 64 else _blocks(16, 32, 8, 2) if D <= 128 else _blocks(16, 16, 8, 1)
 
 
-def _fp32_rule(D: int, arch: str) -> BlockConfig:
+def _fp32_rule(D: int, arch: str, rows_32_to: int = 64) -> BlockConfig:
     if arch.startswith("gfx"):
         return _blocks(32, 32, 4, 1) if D <= 128 else _blocks(16, 16, 4, 1)
-    return _blocks(32, 32, 8, 1) if D <= 128 else _blocks(16, 32, 8, 1)
+    return _blocks(32 if rows_32_to >= D else 16, 32, 8, 1)
 
 
 def candidates(kernel: str, D: int) -> list[BlockConfig]:

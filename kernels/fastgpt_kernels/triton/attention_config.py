@@ -60,8 +60,7 @@ def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
         return blocks(32, 32, 4, 1)
     loaded = is_loaded(opts)  # half the keys then
     if dtype == torch.float32:  # multiply-adds without the matrix unit: registers are what is short
-        n = 16 if arch in ("sm_90", "sm_100", "sm_103") else 32
-        return blocks(64, 16, 8, 1) if D <= 64 else blocks(32, 32, 8, 1) if D <= 128 else blocks(16, n, 8, 1)
+        return blocks(64, 16, 8, 1) if D <= 64 else blocks(32, 16, 8, 1) if D <= 128 else blocks(16, 16, 8, 1)
     if arch.startswith("gfx"):
         m = 64 if loaded else 128
         return blocks(m, 64, 4, 1) if D <= 64 else blocks(m, 32, 4, 1) if D <= 128 else blocks(64, 16, 4, 1)
@@ -70,8 +69,10 @@ def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
             loaded and D <= 64
         ):  # with more queries sm_90 serializes its matrix instructions, and sm_100 spills
             return blocks(64, 64, 8, 2)
+        if loaded and arch == "sm_90":
+            return blocks(128, 32, 8, 2) if D <= 128 else blocks(32, 32, 8, 2)
         if loaded:
-            return blocks(128 if arch == "sm_90" and D <= 128 else 64, 32, 8, 2)
+            return blocks(64, 32, 8, 2)
         wide = 128 if arch == "sm_90" else 64
         return (
             blocks(128, wide, 8, 3)
@@ -114,6 +115,8 @@ def _decode_rule(opts: Options, rows: int, dtype: torch.dtype, arch: str) -> Blo
         return BlockConfig(4, 1, 16, 32) if D <= 128 else BlockConfig(8, 1, 16, 16)
     if arch.startswith("gfx"):
         return BlockConfig(4, 1, rows, 64 if D <= 128 else 32)
+    if arch == "sm_90" and rows == 16 and D == 128:
+        return BlockConfig(4, 4, rows, 32)  # 64 keys spill
     if arch in ("sm_90", "sm_100", "sm_103"):
         return BlockConfig(4, 3, rows, 64 if D <= 128 else 32)
     return BlockConfig(4, 3, rows, 64 if D <= 64 else 32)

@@ -32,7 +32,7 @@ from fastgpt_kernels.triton.attention_tile import (
     sequence,
     step,
 )
-from fastgpt_kernels.triton.common import cdiv
+from fastgpt_kernels.triton.common import cdiv, sixteen_warps
 from fastgpt_kernels.triton.device import arch_of
 from fastgpt_kernels.triton.launch import launch
 
@@ -50,7 +50,11 @@ def allocate(call: Call) -> tuple[Tensor, Tensor]:
 def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of `attention_fwd`."""
     out, lse = allocate(call)
-    config = forward_config(call.options, call.q.dtype, arch_of(call.q.device))
+    arch = arch_of(call.q.device)
+    config = forward_config(call.options, call.q.dtype, arch)
+    # Wide rows in fp32 are held whole in registers.
+    wide = call.q.dtype == torch.float32 and max(call.options.D, call.options.DV) > 128
+    spare = sixteen_warps(arch, config.num_warps) if wide else {}
     blocks, heads = cdiv(call.queries, config.BLOCK_M), call.batch * call.heads
     head_bytes = call.keys * (call.options.width + call.options.value_width) * call.q.element_size()
     section = max(_CACHED_BYTES // max(head_bytes, 1), 1) * call.options.group
@@ -58,6 +62,7 @@ def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
         _attention_fwd_kernel, (blocks * heads,), call.q, call.k, call.v, out, lse, **call.named,
         keep_scale=call.keep_scale, blocks=blocks, all_heads=heads, section=min(section, heads),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps, num_stages=config.num_stages,
+        **spare,
     )  # fmt: skip
     return out, lse
 

@@ -54,7 +54,7 @@ def supports(
     return reason
 
 
-def heuristic(kernel: str, n: int, dtype: torch.dtype, arch: str) -> RowsConfig:
+def heuristic(kernel: str, n: int, dtype: torch.dtype, arch: str, dropping: bool = False) -> RowsConfig:
     """kernel: "softmax_fwd", "softmax_bwd" or "softmax_dmask" (a tile of rows that share a row of the mask)."""
     rule = rows_rule(n, arch, one_block=16384 if kernel == "softmax_bwd" else 32768, tile=2048, warps=4)
     if kernel == "softmax_dmask" and arch != "interpreter":
@@ -62,7 +62,10 @@ def heuristic(kernel: str, n: int, dtype: torch.dtype, arch: str) -> RowsConfig:
         rule = RowsConfig(
             2 if arch.startswith("gfx") else 4, 1, BLOCK_ROWS=min(2048 // cols, 32), BLOCK_COLS=cols
         )
-    return configured(arch, kernel, _key(n, dtype), rule)
+    elif dropping and arch != "interpreter" and rule.BLOCK_COLS > 4096:
+        # Beside Philox's registers 8 elements a thread are all that fit.
+        rule = replace(rule, num_warps=8 if arch.startswith("gfx") else 16, BLOCK_COLS=4096)
+    return configured(arch, kernel, _key(n, dtype) + ("-dropout" if dropping else ""), rule)
 
 
 def candidates(kernel: str, n: int) -> list[RowsConfig]:
@@ -107,7 +110,7 @@ def softmax_fwd(
     if x.numel() == 0:
         return y, p
     rows = x.numel() // n
-    config = heuristic("softmax_fwd", n, x.dtype, arch_of(x.device))
+    config = heuristic("softmax_fwd", n, x.dtype, arch_of(x.device), dropout_p > 0.0)
     x, x_stride = rows_of(x, n)
     launch(
         _softmax_fwd_kernel, (cdiv(rows, config.BLOCK_ROWS),),
@@ -141,7 +144,7 @@ def softmax_bwd(
     p = p.contiguous()
     inner = None if dmask is None else memory.empty(rows, torch.float32, p.device)
     queries = shape[-2] if causal else 1
-    config = heuristic("softmax_bwd", n, p.dtype, arch)
+    config = heuristic("softmax_bwd", n, p.dtype, arch, dropout_p > 0.0)
     common = {**_dropout_arguments(dropout_p, rng), "CAUSAL": causal}
     # Philox takes as many registers as all the rest.
     spare = sixteen_warps(arch, config.num_warps) if dropout_p > 0.0 else {}
