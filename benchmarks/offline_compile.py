@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -25,7 +27,7 @@ from fastgpt_kernels.triton.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
-from triton.runtime.jit import compute_cache_key, create_function_from_signature
+from triton.runtime.jit import JITCallable, compute_cache_key, create_function_from_signature
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -85,8 +87,35 @@ class Specialisation:
         The same on every machine: of the options all but the place of Triton's own libraries.
         """
         options = sorted((key, value) for key, value in vars(self.options).items() if key != "extern_libs")
-        parts = (self.source.hash(), self.arch, options, triton.__version__, Path(__file__).read_text())
+        launched = (self.arch, self.signature, self.constants, self.attributes, options)
+        parts = (text_of(self.kernel), *launched, triton.__version__, Path(__file__).read_text())
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def text_of(kernel: Any) -> str:
+    """The source of a kernel and of all of ours that it calls, with the constants that they name.
+
+    Not `kernel.cache_key`: that depends on which kernels were hashed before it (a caller takes over only the
+    constants of those functions that already have a hash).
+    """
+    found: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        here = f"{function.fn.__module__}.{function.fn.__qualname__}"
+        if here in found or here.startswith("triton."):
+            continue
+        found[here] = f"noinline={getattr(function, 'noinline', False)} {function.src}"
+        spaces = [function.fn.__globals__]
+        names = function.fn.__code__.co_names
+        spaces += [vars(value) for name in names if isinstance(value := spaces[0].get(name), ModuleType)]
+        for space, name in itertools.product(spaces, names):
+            value = space.get(name)
+            if isinstance(value, JITCallable):
+                waiting.append(value)
+            elif isinstance(value, triton.language.constexpr):
+                found[f"{space['__name__']}.{name}"] = str(value)
+    return "\n".join(f"{place}: {text}" for place, text in sorted(found.items()))
 
 
 def specialise(launch: Launch, arch: str) -> Specialisation:

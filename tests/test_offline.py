@@ -15,9 +15,10 @@ import pytest
 import torch
 import triton
 import wrong_kernels
+from fastgpt_kernels.triton import attention_fwd, attention_tile
 from fastgpt_kernels.triton.launch import INTERPRETING, launch, recording
 
-from benchmarks import offline, offline_calls
+from benchmarks import offline, offline_calls, offline_compile
 from benchmarks.offline_calls import Call
 from benchmarks.offline_compile import ARCHS, Row, Specialisation, compile_row, dots, faults, specialise
 from fastgpt._core import registry
@@ -73,6 +74,19 @@ def test_every_shipped_kernel_is_in_the_table_that_is_kept() -> None:
         f"changed since; run `python -m benchmarks offline`: {len(missing)}, e.g. {missing[0]}"
     )
     assert [fault for row in recorded.values() for fault in faults(row)] == []
+
+
+def test_a_row_is_known_by_its_source_and_not_by_what_was_hashed_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = attention_fwd._attention_fwd_kernel
+    text = offline_compile.text_of(kernel)
+    for function in (attention_fwd.attend_range, attention_tile.scores, kernel):
+        monkeypatch.setattr(function, "hash", None)
+        assert function.cache_key
+        assert offline_compile.text_of(kernel) == text
+    monkeypatch.setattr(attention_tile, "LOG2E", triton.language.constexpr(1.0))  # three calls away
+    assert offline_compile.text_of(kernel) != text
 
 
 def test_a_part_of_the_shipped_kernels(tmp_path: Path) -> None:

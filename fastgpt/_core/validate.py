@@ -111,7 +111,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def autocast_mask(mask: Any, x: Tensor) -> Any:
-    """A float mask for an x that autocast may have changed: what had the former dtype becomes fp32, any x takes that."""
+    """A float mask for an x that autocast may have changed: one in its former dtype becomes fp32, which all take."""
     if isinstance(mask, Tensor) and mask.dtype in (torch.bfloat16, torch.float16) and mask.dtype != x.dtype:
         return mask.float() if torch.is_autocast_enabled(x.device.type) else mask
     return mask

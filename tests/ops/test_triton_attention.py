@@ -287,6 +287,12 @@ def test_layouts_give_the_same_bits() -> None:
     assert torch.equal(shared, ops.attention(q, k[:, :1].repeat(1, 2, 1, 1), v, backend="triton"))
 
 
+@pytest.mark.parametrize(("stride", "copied"), [(16, False), (2**24 - 1, False), (2**24, True)])
+def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied(stride: int, copied: bool) -> None:
+    x = torch.empty_strided((1, 1, 200, 16), (1, 1, stride, 1), device="meta")
+    assert (attention_tile.innermost_contiguous(x) is not x) == copied
+
+
 @pytest.mark.parametrize("width", [20, 64])
 def test_a_new_batch_or_length_is_the_same_compiled_kernel(width: int) -> None:
     """What is compile-time is equal, alignment included."""

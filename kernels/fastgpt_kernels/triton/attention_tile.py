@@ -155,8 +155,12 @@ def describe(
 
 
 def innermost_contiguous(x: Tensor) -> Tensor:
-    """`x`, copied unless its rows are contiguous: the kernels take any other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """`x`, copied unless its rows are contiguous and lie near enough: the kernels take any other strides.
+
+    Within a tile of at most 128 rows offsets are 32 bits wide.
+    """
+    fits = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < 2**24
+    return x if fits else x.contiguous()
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
