@@ -28,7 +28,7 @@ struct ExportTable {
   int count;
 };
 
-constexpr int kMaxArgs = 64;
+constexpr int kMaxArgs = 96;
 
 }  // namespace fg
 

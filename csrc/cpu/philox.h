@@ -8,14 +8,14 @@ namespace fg::FG_LEVEL {
 
 typedef uint64_t Counter __attribute__((vector_size(sizeof(U64))));
 
-// words[l] = philox(key = seed, counter = (index + l, 0))[0] for W lanes.
-FG_INLINE void philox(uint64_t seed, uint64_t index, uint32_t* words) {
+// words[l] = philox(key = seed, counter = (index + l * step, 0))[0] for W lanes.
+FG_INLINE void philox(uint64_t seed, uint64_t index, uint32_t* words, uint64_t step = 1) {
   constexpr int L =
       sizeof(U64) / 8;  // 64-bit lanes: half of W; their high halves hold rubbish that nobody reads
   const Counter m0 = Counter{} + 0xD2511F53u, m1 = Counter{} + 0xCD9E8D57u;
   for (int half = 0; half < W / L; ++half) {
     Counter c0, c1, c2{}, c3{};
-    for (int l = 0; l < L; ++l) c0[l] = index + static_cast<uint64_t>(half * L + l);
+    for (int l = 0; l < L; ++l) c0[l] = index + static_cast<uint64_t>(half * L + l) * step;
     c1 = c0 >> 32;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
