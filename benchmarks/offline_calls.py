@@ -86,11 +86,24 @@ _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
         Case((8192, 1600), {"stream": "fp32"}, mixed=True),
         Case((8192, 8192), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
     ),
+    "geglu": tuple(
+        Case((8192, n), {"approximate": approximate}) for n in (768, 3072) for approximate in ("none", "tanh")
+    ),
+    "swiglu": (Case((8192, 768)), Case((8192, 3072))),
+    "rope": (
+        Case((2, 12, 1024, 80), {"turning": "half", "interleaved": True}),
+        Case((2, 12, 1024, 256)),
+    ),
+    "cross_entropy": (Case((8192, 131072), {"label_smoothing": 0.1, "reduction": "none"}),),
     "gelu": tuple(
         Case((8192, n), {"approximate": approximate, **bias})
         for n in (3072, 6400, 50257)
         for approximate in ("none", "tanh")
         for bias in ({}, {"bias": True})
+    ),
+    "rms_norm": (
+        Case((8192, 50257)),
+        Case((8192, 4096), {"stream": "fp32", "parameters": "fp32"}, mixed=True),
     ),
     "softmax": (
         *(Case((4096, n)) for n in _WIDTHS),
@@ -107,7 +120,13 @@ _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
 }
 _QUICK_ROWS = {
     "layer_norm": (Case((8192, 768)), Case((8192, 8192), {"residual": True})),
+    "geglu": (Case((8192, 3072), {"approximate": "tanh"}),),
+    "swiglu": (Case((8192, 3072)),),
+    "cross_entropy": (Case((2048, 50257)),),
     "gelu": (Case((8192, 3072), {"approximate": "tanh", "bias": True}), Case((8192, 3072))),
+    "embedding": (Case((8, 1024, 768), {"positions": "all", "vocab": 50257}),),
+    "rms_norm": (Case((8192, 768)),),
+    "rope": (Case((8, 12, 1024, 64), {"layout": "BTHD"}),),
     "softmax": (Case((2, 12, 1024, 1024), {"causal": True, "dropout": 0.1}), Case((4096, 50257))),
 }
 

@@ -41,7 +41,12 @@ RULE = "rule"
 _WIDTHS = (256, 512, 768, 1024, 2048, 3072, 4096, 6400, 8192, 16384, 32768, 65536, 131072)
 _CHECKS: Mapping[str, tuple[Case, ...]] = {
     "layer_norm": tuple(Case((9, n)) for n in _WIDTHS),
+    "embedding": tuple(Case((3, 200, n), {"positions": "all", "frequent": True}) for n in (768, 1600, 4096)),
+    "geglu": (Case((9, 1024)),),
+    "cross_entropy": tuple(Case((9, n)) for n in (768, 32768, 65536, 131072)),
     "gelu": tuple(Case((9, n), {"bias": True, "approximate": "tanh"}) for n in _WIDTHS),
+    "rms_norm": tuple(Case((9, n)) for n in _WIDTHS),
+    "rope": tuple(Case((2, 12, 33, n), {"layout": "BTHD", "k_heads": 3}) for n in (64, 128)),
     "softmax": tuple(Case((9, n)) for n in _WIDTHS),
     "attention": tuple(
         case

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
 
-__all__ = ["GELU", "MLP", "Block", "CausalSelfAttention", "LayerNorm", "PositionalEncoding", "Softmax"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "Block",
+    "CausalSelfAttention",
+    "LayerNorm",
+    "PositionalEncoding",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Softmax",
+]
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of ops.gelu
 
@@ -23,6 +33,18 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     return value
+
+
+def _last_dimension(normalized_shape: int | Sequence[int]) -> tuple[int]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(shape) != 1:
+        raise ValueError(f"normalized_shape: expected one dimension (the last), got {shape}")
+    return (_positive("normalized_shape", shape[0]),)
+
+
+def _check_width(x: Tensor, normalized_shape: tuple[int]) -> None:
+    if x.shape[-1:] != normalized_shape:
+        raise ValueError(f"x: expected a last dimension of {normalized_shape[0]}, got {tuple(x.shape)}")
 
 
 def _probability(name: str, value: float) -> float:
@@ -62,10 +84,7 @@ class LayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if len(shape) != 1:
-            raise ValueError(f"normalized_shape: expected one dimension (the last), got {shape}")
-        self.normalized_shape = (_positive("normalized_shape", shape[0]),)
+        self.normalized_shape = shape = _last_dimension(normalized_shape)
         self.eps, self.elementwise_affine, self.backend = eps, elementwise_affine, backend
         self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
@@ -79,11 +98,46 @@ class LayerNorm(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if x.shape[-1:] != self.normalized_shape:
-            raise ValueError(
-                f"x: expected a last dimension of {self.normalized_shape[0]}, got {tuple(x.shape)}"
-            )
+        _check_width(x, self.normalized_shape)
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension (Zhang, Sennrich 2019); loads torch.nn.RMSNorm's state dict.
+
+    `forward(x)` gives y; `forward(x, residual)` gives `(y, stream)` with `stream = x + residual` and y
+    the norm of that stream, in one pass over memory. eps None is torch's: the machine epsilon of fp32 (of fp64 for
+    an x in it).
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        backend: Backend = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = _last_dimension(normalized_shape)
+        self.eps, self.elementwise_affine, self.backend = eps, elementwise_affine, backend
+        self.weight: nn.Parameter | None
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(self.normalized_shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        _check_width(x, self.normalized_shape)
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        return ops.rms_norm(x, self.weight, eps, residual=residual, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
@@ -276,3 +330,63 @@ class PositionalEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, {self.max_seq_length}, pad_idx={self.pad_idx}"
+
+
+class RotaryEmbedding(nn.Module):
+    """The cos and sin of rotary position embeddings (Su et al. 2021), and `ops.rope` with them.
+
+    Pair i of dim / 2 turns by `t * base^(-2i / dim)` at position t. `forward(q, k)` rotates q [B, H, T, D] and
+    k [B, Hkv, T, D], D >= dim, at positions 0 to T - 1, or at `positions` [T] or [B, T] (decoding).
+    """
+
+    cos: Tensor  # fp32 [max_seq_length, dim / 2]
+    sin: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        max_seq_length: int,
+        base: float = 10000.0,
+        *,
+        interleaved: bool = False,
+        backend: Backend = None,
+    ) -> None:
+        super().__init__()
+        if _positive("dim", dim) % 2:
+            raise ValueError(f"dim: expected an even number, got {dim}")
+        self.dim, self.max_seq_length, self.base = (
+            dim,
+            _positive("max_seq_length", max_seq_length),
+            float(base),
+        )
+        self.interleaved, self.backend = interleaved, backend
+        angle = self._angles()
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def _angles(self) -> Tensor:
+        frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        return torch.arange(self.max_seq_length, dtype=torch.float64)[:, None] * frequency
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        """`.to(dtype)`, `.half()` move the tables and leave them in fp32: angles of far positions need it."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            angle = self._angles()
+            self.cos, self.sin = (t.float().to(self.cos.device) for t in (angle.cos(), angle.sin()))
+        return self
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        length = q.shape[2]
+        if positions is not None:
+            cos, sin = self.cos[positions], self.sin[positions]
+        elif length <= self.max_seq_length:
+            cos, sin = self.cos[:length], self.sin[:length]
+        else:
+            raise ValueError(
+                f"q: expected at most max_seq_length={self.max_seq_length} positions, got {length}"
+            )
+        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.max_seq_length}, base={self.base}, interleaved={self.interleaved}"

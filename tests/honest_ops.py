@@ -92,6 +92,63 @@ class LayerNorm:
         return Function.apply(x, weight, bias, residual)
 
 
+class RMSNorm:
+    """y, stream and the gradients, in fp32 from inputs of any dtype."""
+
+    def stream(self, x: Tensor, residual: Tensor) -> Tensor:
+        return (x.float() + residual.float()).to(residual.dtype)
+
+    def mean_square(self, s: Tensor) -> Tensor:
+        return s.square().mean(-1, keepdim=True)
+
+    def rstd(self, mean_square: Tensor, eps: float) -> Tensor:
+        return (mean_square + eps).rsqrt()
+
+    def scaled(self, xhat: Tensor, w: Tensor) -> Tensor:
+        return xhat * w
+
+    def dx(self, wdy: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
+        return rstd * (wdy - xhat * (wdy * xhat).mean(-1, keepdim=True))
+
+    def with_stream(self, ds: Tensor, dstream: Tensor) -> Tensor:
+        return ds + dstream.float()
+
+    def dw(self, dy: Tensor, xhat: Tensor) -> Tensor:
+        return (dy * xhat).sum_to_size(dy.shape[-1:])
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        residual: Tensor | None = None,
+    ) -> Any:
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, w: Any, residual: Any) -> Any:
+                s = x if residual is None else self.stream(x, residual)
+                rstd = self.rstd(self.mean_square(s.float()), eps)
+                ctx.save_for_backward(w, s, rstd)
+                ctx.x_dtype = x.dtype
+                xhat = s.float() * rstd
+                y = (xhat if w is None else self.scaled(xhat, w.float())).to(x.dtype)
+                return y if residual is None else (y, s)
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor, dstream: Any = None) -> Any:
+                w, s, rstd = ctx.saved_tensors
+                g = dy.float()
+                xhat = s.float() * rstd
+                ds = self.dx(g if w is None else g * w.float(), xhat, rstd)
+                if dstream is not None:
+                    ds = self.with_stream(ds, dstream)
+                dw = None if w is None else self.dw(g, xhat).to(w.dtype)
+                return ds.to(ctx.x_dtype), dw, None if dstream is None else ds.to(s.dtype)
+
+        return Function.apply(x, weight, residual)
+
+
 class GELU:
     """y = z * gate(z), z = x + bias."""
 

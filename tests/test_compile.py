@@ -37,6 +37,11 @@ ROWS: dict[str, list[Any]] = {
     ],
     "attention_qkv": [lambda rows: Case((2, rows, 2, 16), {"causal": True, "softcap": 4.0, "dropout": 0.2})],
     "attention_varlen": [lambda rows: Case((2, 16, rows, 3, 2 * rows), {"causal": True, "slack": rows})],
+    "embedding": [
+        lambda rows: Case((rows, 24), {"padding": True}),
+        lambda rows: Case((rows, 2 * rows, 24), {"positions": "each"}),
+    ],
+    "rope": [lambda rows: Case((rows, 3, 2 * rows, 16), {"k_heads": 2})],
     "softmax": [lambda rows: Case((rows, 24), {"scale": 0.5})],
 }
 ROW_FORMS = [(op, make) for op in OPS for make in ROWS.get(op, [lambda rows: Case((rows, 24))])]

@@ -51,6 +51,21 @@ def attend_varlen(
     return ops.attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
+IDS = torch.arange(3)
+
+
+def embed(tokens: Any = IDS, position_weight: Any = 0, **options: Any) -> Any:
+    """embedding of 9 rows of 4, and 5 positions."""
+    places = f(5, 4) if isinstance(position_weight, int) else position_weight
+    return ops.embedding(tokens, f(9, 4), places, **options)
+
+
+def rotate(q: Any = None, k: Any = None, cos: Any = None, sin: Any = None, **options: Any) -> Any:
+    """rope of q [2, 4, 3, 8] and k [2, 2, 3, 8]."""
+    q, k = f(2, 4, 3, 8) if q is None else q, f(2, 2, 3, 8) if k is None else k
+    return ops.rope(q, k, f(3, 4) if cos is None else cos, f(3, 4) if sin is None else sin, **options)
+
+
 SLOPES = "alibi_slopes:"
 WINDOW = ["window:", "a number of keys >= 1", "(left, right)"]
 
@@ -70,6 +85,14 @@ WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("layer_norm", "residual-dtype", lambda: ops.layer_norm(f(2, 3), residual=f(2, 3, dtype=bf16)), TypeError, ["residual:", "float32", "bfloat16"]),
     ("layer_norm", "device", lambda: ops.layer_norm(f(2, 3), f(3, device="meta")), ValueError, ["weight:", "cpu", "meta"]),
     ("layer_norm", "backend", lambda: ops.layer_norm(f(2, 3), backend="cpuu"), ValueError, ["backend:", "cpu", "'cpuu'"]),
+    ("geglu", "list", lambda: ops.geglu([1.0], f(1)), TypeError, ["gate:", "tensor", "list"]),
+    ("geglu", "integers", lambda: ops.geglu(f(2, dtype=int64), f(2)), TypeError, ["gate:", "float32", "int64"]),
+    ("geglu", "up-none", lambda: ops.geglu(f(2), None), TypeError, ["up:", "tensor", "NoneType"]),
+    ("geglu", "up-shape", lambda: ops.geglu(f(2, 3), f(3)), ValueError, ["up:", "(2, 3)", "(3,)"]),
+    ("geglu", "up-dtype", lambda: ops.geglu(f(2, dtype=bf16), f(2)), TypeError, ["up:", "gate is torch.bfloat16", "got torch.float32"]),
+    ("geglu", "up-device", lambda: ops.geglu(f(2), f(2, device="meta")), ValueError, ["up:", "cpu", "meta"]),
+    ("geglu", "approximate", lambda: ops.geglu(f(2), f(2), approximate="erf"), ValueError, ["approximate:", "'none', 'tanh'", "'erf'"]),
+    ("geglu", "backend", lambda: ops.geglu(f(2), f(2), backend="tpu"), ValueError, ["backend:", "cpu", "'tpu'"]),
     ("gelu", "string", lambda: ops.gelu("x"), TypeError, ["x:", "tensor", "str"]),
     ("gelu", "bool", lambda: ops.gelu(f(2, dtype=torch.bool)), TypeError, ["x:", "float32", "bool"]),
     ("gelu", "approximate", lambda: ops.gelu(f(2), approximate="erf"), ValueError, ["approximate:", "'none', 'tanh'", "'erf'"]),
@@ -77,6 +100,17 @@ WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("gelu", "bias-dtype", lambda: ops.gelu(f(2, 3, dtype=bf16), f(3)), TypeError, ["bias:", "bfloat16", "float32"]),
     ("gelu", "device", lambda: ops.gelu(f(2, 3), f(3, device="meta")), ValueError, ["bias:", "cpu", "meta"]),
     ("gelu", "backend", lambda: ops.gelu(f(2), backend="tpu"), ValueError, ["backend:", "cpu", "'tpu'"]),
+    ("rms_norm", "list", lambda: ops.rms_norm([1.0]), TypeError, ["x:", "tensor", "list"]),
+    ("rms_norm", "integers", lambda: ops.rms_norm(f(2, 3, dtype=int64)), TypeError, ["x:", "float32", "int64"]),
+    ("rms_norm", "scalar", lambda: ops.rms_norm(f()), ValueError, ["x:", "one dimension", "scalar"]),
+    ("rms_norm", "weight-shape", lambda: ops.rms_norm(f(2, 3), f(4)), ValueError, ["weight:", "(3,)", "(4,)"]),
+    ("rms_norm", "weight-dtype", lambda: ops.rms_norm(f(2, 3), f(3, dtype=bf16)), TypeError, ["weight:", "float32", "bfloat16"]),
+    ("rms_norm", "fp16-beside-bf16", lambda: ops.rms_norm(f(2, 3, dtype=bf16), f(3, dtype=fp16)), TypeError, ["weight:", "x is torch.bfloat16", "got torch.float16"]),
+    ("rms_norm", "eps", lambda: ops.rms_norm(f(2, 3), f(3), None), TypeError, ["eps:", "number", "None"]),
+    ("rms_norm", "residual-shape", lambda: ops.rms_norm(f(2, 3), residual=f(3)), ValueError, ["residual:", "(2, 3)", "(3,)"]),
+    ("rms_norm", "residual-dtype", lambda: ops.rms_norm(f(2, 3), residual=f(2, 3, dtype=bf16)), TypeError, ["residual:", "float32", "bfloat16"]),
+    ("rms_norm", "device", lambda: ops.rms_norm(f(2, 3), f(3, device="meta")), ValueError, ["weight:", "cpu", "meta"]),
+    ("rms_norm", "backend", lambda: ops.rms_norm(f(2, 3), backend="cpuu"), ValueError, ["backend:", "cpu", "'cpuu'"]),
     ("softmax", "scalar", lambda: ops.softmax(f()), ValueError, ["x:", "one dimension"]),
     ("softmax", "causal-1d", lambda: ops.softmax(f(3), causal=True), ValueError, ["x:", "[..., Tq, Tk]", "(3,)"]),
     ("softmax", "mask-shape", lambda: ops.softmax(f(2, 3), mask=f(2, 2)), ValueError, ["mask:", "(2, 3)", "(2, 2)"]),
@@ -93,6 +127,27 @@ WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("softmax", "rng-number", lambda: ops.softmax(f(2), dropout_p=0.1, rng=7), ValueError, ["rng:", "int64", "7"]),
     ("softmax", "rng-device", lambda: ops.softmax(f(2), dropout_p=0.1, rng=RNG.to("meta")), ValueError, ["rng:", "cpu", "meta"]),
     ("softmax", "backend", lambda: ops.softmax(f(2), backend=["cpu", "gpu"]), ValueError, ["backend:", "cpu", "'gpu'"]),
+    ("swiglu", "scalar", lambda: ops.swiglu(f(), f()), ValueError, ["gate:", "one dimension", "scalar"]),
+    ("swiglu", "up-shape", lambda: ops.swiglu(f(2, 3), f(2, 1)), ValueError, ["up:", "(2, 3)", "(2, 1)"]),
+    ("swiglu", "up-dtype", lambda: ops.swiglu(f(2), f(2, dtype=fp64)), TypeError, ["up:", "float32", "float64"]),
+    ("swiglu", "backend", lambda: ops.swiglu(f(2), f(2), backend="cpuu"), ValueError, ["backend:", "cpu", "'cpuu'"]),
+    ("cross_entropy", "list", lambda: ops.cross_entropy([1.0], i(0)), TypeError, ["logits:", "tensor", "list"]),
+    ("cross_entropy", "integers", lambda: ops.cross_entropy(i(1, 2), torch.tensor(0)), TypeError, ["logits:", "float32", "int32"]),
+    ("cross_entropy", "scalar", lambda: ops.cross_entropy(f(), torch.tensor(0)), ValueError, ["logits:", "dimension", "scalar"]),
+    ("cross_entropy", "targets-list", lambda: ops.cross_entropy(f(1, 3), [0]), TypeError, ["targets:", "tensor", "list"]),
+    ("cross_entropy", "targets-int32", lambda: ops.cross_entropy(f(1, 3), i(0)), TypeError, ["targets:", "int64", "int32"]),
+    ("cross_entropy", "probabilities", lambda: ops.cross_entropy(f(2, 3), f(2, 3)), TypeError, ["targets:", "int64", "float32"]),
+    ("cross_entropy", "shape", lambda: ops.cross_entropy(f(2, 3), i(0, 1, 2, dtype=int64)), ValueError, ["targets:", "(2,)", "(3,)"]),
+    ("cross_entropy", "classes-second", lambda: ops.cross_entropy(f(2, 3, 4), f(2, 4, dtype=int64)), ValueError, ["targets:", "(2, 3)", "(2, 4)"]),
+    ("cross_entropy", "device", lambda: ops.cross_entropy(f(2, 3), f(2, dtype=int64, device="meta")), ValueError, ["targets:", "cpu", "meta"]),
+    ("cross_entropy", "too-large", lambda: ops.cross_entropy(f(2, 3), i(0, 3, dtype=int64)), ValueError, ["targets:", "0 to 2", "ignore_index=-100", "got 3"]),
+    ("cross_entropy", "negative", lambda: ops.cross_entropy(f(2, 3), i(-1, -100, dtype=int64)), ValueError, ["targets:", "0 to 2", "got -1"]),
+    ("cross_entropy", "other-ignored", lambda: ops.cross_entropy(f(2, 3), i(-1, -100, dtype=int64), ignore_index=-1), ValueError, ["targets:", "ignore_index=-1", "got -100"]),
+    ("cross_entropy", "ignore-index", lambda: ops.cross_entropy(f(1, 3), i(0, dtype=int64), ignore_index=None), TypeError, ["ignore_index:", "integer", "None"]),
+    ("cross_entropy", "smoothing", lambda: ops.cross_entropy(f(1, 3), i(0, dtype=int64), label_smoothing=1.5), ValueError, ["label_smoothing:", "0 <= s <= 1", "1.5"]),
+    ("cross_entropy", "smoothing-string", lambda: ops.cross_entropy(f(1, 3), i(0, dtype=int64), label_smoothing="0"), TypeError, ["label_smoothing:", "number", "'0'"]),
+    ("cross_entropy", "reduction", lambda: ops.cross_entropy(f(1, 3), i(0, dtype=int64), reduction="average"), ValueError, ["reduction:", "'mean'", "'average'"]),
+    ("cross_entropy", "backend", lambda: ops.cross_entropy(f(1, 3), i(0, dtype=int64), backend="gpu"), ValueError, ["backend:", "cpu", "'gpu'"]),
     ("attention", "3d", lambda: ops.attention(f(2, 3, 4), f(2, 3, 4), f(2, 3, 4)), ValueError, ["q:", "[B, H, T, D]", "(2, 3, 4)"]),
     ("attention", "heads", lambda: ops.attention(f(1, 4, 2, 8), f(1, 3, 2, 8), f(1, 3, 2, 8)), ValueError, ["k:", "divides q's 4", "3"]),
     ("attention", "width", lambda: ops.attention(f(1, 2, 2, 8), f(1, 2, 2, 4), f(1, 2, 2, 8)), ValueError, ["k:", "(1, 2, 2, 8)", "(1, 2, 2, 4)"]),
@@ -209,6 +264,46 @@ WRONG: list[tuple[str, str, Callable[[], Any], type[Exception], list[str]]] = [
     ("attention_varlen", "p", lambda: attend_varlen(dropout_p=float("nan")), ValueError, ["dropout_p:", "nan"]),
     ("attention_varlen", "rng", lambda: attend_varlen(dropout_p=0.5, rng=f(2)), ValueError, ["rng:", "int64", "(2,)"]),
     ("attention_varlen", "backend", lambda: attend_varlen(backend=["cpu", "cudnn"]), ValueError, ["backend:", "cpu", "'cudnn'"]),
+    ("embedding", "list", lambda: embed([1]), TypeError, ["tokens:", "tensor", "list"]),
+    ("embedding", "int32", lambda: embed(i(1, 2)), TypeError, ["tokens:", "int64", "int32"]),
+    ("embedding", "floats", lambda: embed(f(2)), TypeError, ["tokens:", "int64", "float32"]),
+    ("embedding", "scalar", lambda: embed(torch.tensor(3)), ValueError, ["tokens:", "one dimension", "scalar"]),
+    ("embedding", "beyond", lambda: embed(IDS + 7), ValueError, ["tokens:", "from 0 to 8", "7 to 9"]),
+    ("embedding", "negative", lambda: embed(IDS - 1), ValueError, ["tokens:", "from 0 to 8", "-1 to 1"]),
+    ("embedding", "device", lambda: embed(IDS.to("meta")), ValueError, ["tokens:", "cpu", "meta"]),
+    ("embedding", "weight-list", lambda: ops.embedding(IDS, [1.0]), TypeError, ["token_weight:", "tensor", "list"]),
+    ("embedding", "weight-1d", lambda: ops.embedding(IDS, f(9)), ValueError, ["token_weight:", "[rows, C]", "(9,)"]),
+    ("embedding", "weight-int", lambda: ops.embedding(IDS, f(9, 4, dtype=int64)), TypeError, ["token_weight:", "float32", "int64"]),
+    ("embedding", "no-vocabulary", lambda: ops.embedding(IDS, f(0, 4)), ValueError, ["tokens:", "from 0 to -1", "0 to 2"]),
+    ("embedding", "position-width", lambda: embed(position_weight=f(5, 3)), ValueError, ["position_weight:", "(5, 4)", "(5, 3)"]),
+    ("embedding", "position-dtype", lambda: embed(position_weight=f(5, 4, dtype=bf16)), TypeError, ["position_weight:", "float32", "bfloat16"]),
+    ("embedding", "too-long", lambda: embed(position_weight=f(2, 4)), ValueError, ["tokens:", "at most 2", "got 3"]),
+    ("embedding", "positions-alone", lambda: embed(position_weight=None, positions=IDS), ValueError, ["positions:", "position_weight", "None"]),
+    ("embedding", "positions-shape", lambda: embed(positions=IDS[:2]), ValueError, ["positions:", "broadcasts to (3,)", "(2,)"]),
+    ("embedding", "positions-2d", lambda: embed(positions=IDS[None]), ValueError, ["positions:", "broadcasts to (3,)", "(1, 3)"]),
+    ("embedding", "positions-int32", lambda: embed(positions=i(0, 1, 2)), TypeError, ["positions:", "int64", "int32"]),
+    ("embedding", "positions-beyond", lambda: embed(positions=IDS + 3), ValueError, ["positions:", "from 0 to 4", "3 to 5"]),
+    ("embedding", "padding", lambda: embed(padding_idx=9), ValueError, ["padding_idx:", "from -9 to 8", "got 9"]),
+    ("embedding", "padding-float", lambda: embed(padding_idx=1.0), ValueError, ["padding_idx:", "got 1.0"]),
+    ("embedding", "padding-bool", lambda: embed(padding_idx=True), ValueError, ["padding_idx:", "got True"]),
+    ("embedding", "backend", lambda: embed(backend="gpu"), ValueError, ["backend:", "cpu", "'gpu'"]),
+    ("rope", "list", lambda: rotate([1.0]), TypeError, ["q:", "tensor", "list"]),
+    ("rope", "3d", lambda: rotate(f(2, 3, 8)), ValueError, ["q:", "[B, H, T, D]", "(2, 3, 8)"]),
+    ("rope", "integers", lambda: rotate(f(2, 4, 3, 8, dtype=int64)), TypeError, ["q:", "float32", "int64"]),
+    ("rope", "k-length", lambda: rotate(k=f(2, 2, 4, 8)), ValueError, ["k:", "(2, 2, 3, 8)", "(2, 2, 4, 8)"]),
+    ("rope", "k-dtype", lambda: rotate(k=f(2, 2, 3, 8, dtype=bf16)), TypeError, ["k:", "float32", "bfloat16"]),
+    ("rope", "k-device", lambda: rotate(k=f(2, 2, 3, 8, device="meta")), ValueError, ["k:", "cpu", "meta"]),
+    ("rope", "cos-wide", lambda: rotate(cos=f(3, 5)), ValueError, ["cos:", "R <= 8", "(3, 5)"]),
+    ("rope", "cos-length", lambda: rotate(cos=f(4, 4)), ValueError, ["cos:", "[3, R / 2]", "[2, 3, R / 2]", "(4, 4)"]),
+    ("rope", "cos-4d", lambda: rotate(cos=f(2, 1, 3, 4)), ValueError, ["cos:", "[3, R / 2]", "(2, 1, 3, 4)"]),
+    ("rope", "cos-dtype", lambda: rotate(cos=f(3, 4, dtype=bf16)), TypeError, ["cos:", "float32", "bfloat16"]),
+    ("rope", "cos-gradient", lambda: rotate(cos=f(3, 4).requires_grad_()), ValueError, ["cos:", "no gradient"]),
+    ("rope", "sin-gradient", lambda: rotate(sin=f(3, 4).requires_grad_()), ValueError, ["sin:", "no gradient"]),
+    ("rope", "sin-list", lambda: rotate(sin=[0.0]), TypeError, ["sin:", "tensor", "list"]),
+    ("rope", "sin-shape", lambda: rotate(sin=f(3, 3)), ValueError, ["sin:", "(3, 4)", "(3, 3)"]),
+    ("rope", "sin-device", lambda: rotate(sin=f(3, 4, device="meta")), ValueError, ["sin:", "cpu", "meta"]),
+    ("rope", "interleaved", lambda: rotate(interleaved=1), TypeError, ["interleaved:", "True or False", "1"]),
+    ("rope", "backend", lambda: rotate(backend=["gpu"]), ValueError, ["backend:", "cpu", "'gpu'"]),
 ]  # fmt: skip
 
 

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from honest_attention import Attention, AttentionQKV, AttentionVarlen
-from honest_ops import GELU, LayerNorm, Softmax
+from honest_glu import GEGLU, SwiGLU
+from honest_ops import GELU, LayerNorm, RMSNorm, Softmax
 from torch import Tensor
+from wrong_cross_entropy import CrossEntropy
+from wrong_embedding import EMBEDDING_CASES, Embedding
 from wrong_ops import FAULTS
+from wrong_rope import ROPE_CASES, Rope
 
 from fastgpt._core.spec import Case
 from fastgpt.testing import check
@@ -20,21 +24,39 @@ CASES = {
     "layer_norm": [
         "5x33", "33x64", "9x131-weight_False-bias_False", "9x257-mean_1000.0", "6x100-eps_0.5", "6x100-residual",
     ],
+    "geglu": ["5x33", "5x33-approximate_tanh"],
+    "swiglu": ["5x33", "9x257-mean_-40.0-std_12.0"],
+    "cross_entropy": [
+        "5x33-reduction_none", "37x70-ignored_0.4", "2x3x130-reduction_sum-label_smoothing_0.1-ignored_0.3",
+        "9x257-reduction_none-label_smoothing_0.1-ignored_0.3-ignore_index_4",
+        "5x64-mean_1000.0-std_30.0-reduction_none",
+    ],
     "gelu": ["5x33", "5x33-bias", "5x33-approximate_tanh", "5x33-approximate_tanh-bias", "9x257-mean_-4.0-std_1.5"],
+    "rms_norm": [
+        "5x33", "9x131-weight_False", "9x257-mean_1000.0", "6x100-eps_0.5-std_0.1", "8x96-residual-weight_False",
+    ],
     "softmax": [
         "5x33", "4x130-mean_1000.0-std_30.0", "2x2x17x70-causal-scale_0.125", "2x9x4-causal-scale_0.125",
         "3x4x10x37-mask_bool-over_bhqk-scale_0.5", "3x4x10x37-mask_bool-over_1hq1-scale_0.5",
         "3x4x10x37-mask_fp32-over_11qk-scale_0.5", "2x3x20x33-dropout_0.1-causal-scale_0.2",
     ],
+    "embedding": EMBEDDING_CASES,
+    "rope": ROPE_CASES,
     "attention": ["2x3x17x17x16", "1x2x40x40x64-causal"],
 }  # fmt: skip
 HONEST = {
     "layer_norm": LayerNorm(),
+    "geglu": GEGLU(),
+    "cross_entropy": CrossEntropy(),
+    "embedding": Embedding(),
     "gelu": GELU(),
+    "rms_norm": RMSNorm(),
+    "rope": Rope(),
     "softmax": Softmax(),
     "attention": Attention(),
     "attention_qkv": AttentionQKV(),
     "attention_varlen": AttentionVarlen(),
+    "swiglu": SwiGLU(),
 }
 
 

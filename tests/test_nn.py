@@ -31,6 +31,24 @@ def test_layer_norm_takes_torchs_state_dict(affine: bool, bias: bool) -> None:
     close(y, theirs(x + residual))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_rms_norm_takes_torchs_state_dict(affine: bool, eps: float | None) -> None:
+    theirs = nn.RMSNorm(24, eps, elementwise_affine=affine)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours = fnn.RMSNorm(24, eps, elementwise_affine=affine)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x, residual = torch.randn(3, 5, 24) + 2, torch.randn(3, 5, 24)
+    for scale in (1.0, 1e-4):  # so small that eps matters
+        close(ours(scale * x), theirs(scale * x))
+    y, stream = ours(x, residual)
+    assert torch.equal(stream, x + residual)
+    close(y, theirs(x + residual))
+    close(ours.double()(1e-7 * x.double()), theirs.double()(1e-7 * x.double()))
+
+
 def test_gelu_and_softmax() -> None:
     x, bias = torch.randn(4, 9), torch.randn(9)
     for approximate in ("none", "tanh"):

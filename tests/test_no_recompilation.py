@@ -35,11 +35,21 @@ _FAMILIES: tuple[Family, ...] = (
         (op, lambda size, n=n: [(size, n), (2, size, n)], options)
         for op, widths, forms in (
             ("layer_norm", (768, 1000, 50257), ({}, {"residual": True}, {"weight": False, "bias": False})),
+            ("geglu", (3072, 1000), ({}, {"approximate": "tanh"})),
+            ("swiglu", (3072, 1000), ({},)),
+            ("cross_entropy", (1000, 50257), ({}, {"reduction": "none", "label_smoothing": 0.1})),
             ("gelu", (3072, 1000), ({}, {"bias": True}, {"approximate": "tanh", "bias": True})),
+            ("embedding", (768, 1000), ({"positions": "all"}, {"positions": "each", "padding": True})),
+            ("rms_norm", (768, 50257), ({}, {"residual": True})),
             ("softmax", (768, 1000, 50257), ({}, {"scale": 0.5})),
         )
         for n in widths
         for options in forms
+    ),
+    *(
+        ("rope", lambda size, n=n: [(size, 12, 64, n), (2, 12, size, n)], options)
+        for n in (64, 80)
+        for options in ({}, {"layout": "BTHD", "interleaved": True, "tables": "each", "turning": "half"})
     ),
     *(
         ("softmax", lambda size, n=n: [(2, 12, size, n), (size, 3, 5, n), (3, size, 7, n)], options)

@@ -39,11 +39,11 @@ from fastgpt.testing.memory import same_bits
 
 MATRIX = list(matrix())
 PLAIN = [(op, variant) for op in OPS for variant in variants(op)]
-# Left to PyTorch's own ways: gelu(inf), which is NaN, and attention, whose flash kernel may lose a NaN.
+# Left to PyTorch's own ways: gelu(inf), which is NaN (geglu too), and attention, whose flash kernel may lose a NaN.
 PROPAGATING = [
     row
     for row in PLAIN
-    if row[1].backend != "torch" or registry.get(row[0]).stem not in ("gelu", "attention")
+    if row[1].backend != "torch" or registry.get(row[0]).stem not in ("geglu", "gelu", "attention")
 ]
 # With these a NaN in v may or may not pass through a probability of 0: tiles that nobody sees are skipped.
 HIDING = ("causal", "window", "lengths")
@@ -94,6 +94,14 @@ def _masked(kind: str, **options: Any) -> list[Case]:
 
 # Every path of the C++ kernels at a size that is handed out to several threads: the declared cases are smaller.
 THREADED = {
+    "attention": [
+        Case((2, 4, 150, 150, 20), {"causal": True, "return_lse": True}),
+        Case((2, 4, 150, 170, 16), {"mask": "fp32", "over": "1hqk", "dropout": 0.1}),
+        Case((2, 4, 3, 2000, 16), {"mask": "bool", "lengths": True}),
+        Case((1, 2, 100, 1100, 16), {"kv_heads": 1, "window": "600"}),  # keys cut into stretches in backward
+    ],
+    "attention_qkv": [Case((4, 150, 4, 32), {"causal": True})],
+    "attention_varlen": [Case((150, 90, 4, 16), {"causal": True})],
     "layer_norm": [
         Case((130, 700)),
         Case((4000, 24), {"residual": True}),
@@ -101,11 +109,28 @@ THREADED = {
         Case((130, 700), {"residual": True, "weight": False, "bias": False}),
         Case((130, 700), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
     ],
+    "embedding": [
+        Case((20, 50, 70), {"positions": "all", "vocab": 300}),
+        Case((70, 16, 130), {"positions": "each", "frequent": True, "padding": True}),
+        Case((300, 7, 64), {"positions": "all"}),
+    ],
+    "geglu": [Case((60, 1600)), Case((4000, 24), {"approximate": "tanh"})],
+    "cross_entropy": [
+        Case((130, 700), {"ignored": 0.2}),
+        Case((4000, 24), {"reduction": "sum"}),
+        Case((3, 50257), {"label_smoothing": 0.1, "reduction": "none"}),
+    ],
     "gelu": [
         Case(shape, {"approximate": approximate, **bias})
         for shape in ((60, 1600), (4000, 24))
         for approximate in ("none", "tanh")
         for bias in ({}, {"bias": True})
+    ],
+    "rms_norm": [
+        Case((130, 700)),
+        Case((4000, 24), {"residual": True}),
+        Case((130, 700), {"residual": True, "weight": False}),
+        Case((130, 700), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
     ],
     "softmax": [
         Case((3, 50257)),
@@ -117,6 +142,11 @@ THREADED = {
         Case((2, 2, 150, 150), {"dropout": 0.3, "causal": True}),
         *_masked("fp32", dropout=0.1)[2:4],
     ],
+    "rope": [
+        Case((2, 12, 50, 64), {"layout": "BTHD"}),
+        Case((3, 4, 90, 80), {"turning": "half", "interleaved": True, "tables": "each", "k_heads": 2}),
+    ],
+    "swiglu": [Case((60, 1600)), Case((4000, 24))],
 }
 THREADED_CASES = [(op, case) for op in OPS if "cpu" in backends(op) for case in THREADED[op]]
 
@@ -196,7 +226,7 @@ def test_nan_and_infinity_propagate(op: str, variant: Variant, value: float) -> 
             continue
         may_lack = spec.stem == "attention" and (math.isinf(value) or "dropout" in case.options)
         for leaf in made.leaves:
-            poisoned = made.inputs[leaf].clone()
+            poisoned = made.inputs[leaf].clone(memory_format=torch.contiguous_format)
             poisoned.view(-1)[poisoned.numel() // 2] = value
             inputs = {**made.inputs, leaf: poisoned}
             expected = results(made, spec.reference, inputs, made.output_grads)
@@ -241,9 +271,36 @@ def _shapes(op: str) -> st.SearchStrategy[Case]:
         options = st.fixed_dictionaries(
             {"weight": st.booleans(), "bias": st.booleans(), "residual": st.booleans()}
         )
+    elif op == "embedding":
+        shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(0, 9), size))
+        options = st.fixed_dictionaries(
+            {"vocab": st.integers(6, 40)},
+            optional={"positions": st.sampled_from(["all", "each", "row"]), "padding": st.just(True)},
+        )
+    elif op == "rope":
+        few = st.integers(0, 3)
+        shape = st.tuples(few, few, st.integers(0, 9), size)
+        options = st.fixed_dictionaries(
+            {"interleaved": st.booleans(), "k_heads": few},
+            optional={
+                "layout": st.just("BTHD"),
+                "turning": st.just("half"),
+                "tables": st.just("each"),
+                "tables_dtype": st.just("same"),
+            },
+        )
+    elif op == "geglu":
+        options = st.fixed_dictionaries({"approximate": st.sampled_from(["none", "tanh"])})
     elif op == "gelu":
         options = st.fixed_dictionaries(
             {"bias": st.booleans(), "approximate": st.sampled_from(["none", "tanh"])}
+        )
+    elif op == "rms_norm":
+        options = st.fixed_dictionaries({"weight": st.booleans(), "residual": st.booleans()})
+    elif op == "cross_entropy":
+        options = st.fixed_dictionaries(
+            {"reduction": st.sampled_from(["none", "mean", "sum"]), "ignored": st.sampled_from([0.0, 0.4])},
+            optional={"label_smoothing": st.just(0.2), "ignore_index": st.just(1), "masked": st.just(True)},
         )
     elif op == "softmax":
         shape = st.one_of(st.tuples(size, size), st.tuples(st.integers(0, 4), st.integers(1, 5), size))
@@ -322,6 +379,7 @@ HUGE = [
     for variant in variants(op)
     if variant.level is None and not variant.emulated and variant.backend not in ("torch", "reference")
     if op not in ("attention_qkv", "attention_varlen")  # the kernels and offsets of attention
+    if op not in ("cross_entropy", "embedding", "rope")  # their tests stand in tests/ops
 ]
 
 
@@ -330,7 +388,9 @@ HUGE = [
 def test_more_than_2_to_the_31_elements(op: str, backend: str) -> None:
     """Offsets are 64 bits wide: the end of huge tensors is as it is alone, forward and backward."""
     names, shape = (
-        (("q", "k", "v"), (2**20 + 8, 2, 16, 64)) if op == "attention" else (("x",), (2**21 + 8, 1024))
+        (("q", "k", "v"), (2**20 + 8, 2, 16, 64))
+        if op == "attention"
+        else (("gate", "up") if op in ("geglu", "swiglu") else ("x",), (2**21 + 8, 1024))
     )
     needed = (
         2 * math.prod(shape) * (5 if op != "attention" else 9)

@@ -8,7 +8,12 @@ import torch
 from honest_ops import GELU, Softmax
 from torch import Tensor
 from wrong_attention import ATTENTION_FAULTS
+from wrong_cross_entropy import FAULTS as CROSS_ENTROPY_FAULTS
+from wrong_embedding import EMBEDDING_FAULTS
+from wrong_glu import FAULTS as GLU_FAULTS
 from wrong_layer_norm import FAULTS as LAYER_NORM_FAULTS
+from wrong_rms_norm import FAULTS as RMS_NORM_FAULTS
+from wrong_rope import ROPE_FAULTS
 
 from fastgpt.reference.philox import keep_mask
 
@@ -141,6 +146,11 @@ class PhiloxCountsColumnsOnly(Softmax):
 FAULTS = {
     **LAYER_NORM_FAULTS,
     **ATTENTION_FAULTS,
+    **CROSS_ENTROPY_FAULTS,
+    **GLU_FAULTS,
+    **EMBEDDING_FAULTS,
+    **RMS_NORM_FAULTS,
+    **ROPE_FAULTS,
     TanhForErf: "bound", ErfForTanh: "bound", SigmoidGate: "bound", GateInBF16: "bound", TailCutOff: "bound",
     SlopeWithoutTheBell: "bound", BiasForgottenInBackward: "bound", DbiasAveraged: "bound",
     FutureTokenLeaks: "leak", CausalTopLeft: "bound", HiddenElementsLookedAt: "leak", NoMaximum: "not written",

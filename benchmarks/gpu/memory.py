@@ -33,6 +33,9 @@ FORMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("layer_norm", {}),
     ("layer_norm", {"residual": True}),
     ("gelu", {"bias": True, "approximate": "tanh"}),
+    ("rms_norm", {}),
+    ("geglu", {"approximate": "tanh"}),
+    ("swiglu", {}),
 )
 ROWS, ELEMENTS = 32768, 2**29
 SMALL = (1024, 768)
@@ -113,7 +116,7 @@ def worst_error(
     spec: OpSpec, dtype: torch.dtype, inputs: dict[str, Any], grads: dict[str, Tensor], got: Results
 ) -> float:
     """The largest error of any element as a fraction of its bound."""
-    by_row = inputs["x"].shape
+    by_row = inputs[spec.gradients[0]].shape
     ratios: list[float] = []
     sums: dict[str, tuple[Tensor, Tensor]] = {}  # exact, allowed error
     for cut, hidden in cuts(by_row, bool(inputs.get("causal"))):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt import ops
 from fastgpt._core.dispatch import Backend
 from fastgpt.models import checkpoint
 from fastgpt.nn import ACTIVATIONS, Block, LayerNorm, PositionalEncoding
@@ -180,13 +181,21 @@ class GPT(nn.Module):
             delta, stream = block.advance(delta, stream, mask)
         x, _ = self.ln_f(delta, stream)
         logits = F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
-        return logits if targets is None else cross_entropy(logits, targets, config.pad_idx)
+        if targets is None:
+            return logits
+        labels = counted(targets, config.pad_idx)
+        return ops.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, backend=config.backend)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        config, x = self.config, self.wte(tokens)
-        if config.positions == "learned":
-            x = x + self.wpe.weight[: tokens.shape[1]]
-        else:
+        config, learned = self.config, self.config.positions == "learned"
+        x = ops.embedding(
+            tokens.long(),
+            self.wte.weight,
+            self.wpe.weight if learned else None,
+            padding_idx=config.pad_idx,
+            backend=config.backend,
+        )
+        if not learned:
             x = self.positions(x * math.sqrt(config.embedding_dim), tokens)
         return F.dropout(x, config.dropout) if config.dropout and self.training else x
 
@@ -253,9 +262,7 @@ def check_ids(
         )
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, pad_idx: int | None) -> Tensor:
-    """Mean over the targets that count, in fp32; logits [B, T, V], targets [B, T]."""
+def counted(targets: Tensor, pad_idx: int | None) -> Tensor:
+    """The targets in int64, IGNORE_INDEX for those that are padding."""
     targets = targets.long()
-    if pad_idx is not None:
-        targets = targets.masked_fill(targets == pad_idx, IGNORE_INDEX)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+    return targets if pad_idx is None else targets.masked_fill(targets == pad_idx, IGNORE_INDEX)

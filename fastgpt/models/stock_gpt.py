@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.models.gpt import GPTConfig, cross_entropy
+from fastgpt.models.gpt import IGNORE_INDEX, GPTConfig, counted
 from fastgpt.nn import ACTIVATIONS, PositionalEncoding
 
 
@@ -84,4 +84,7 @@ class StockGPT(nn.Module):
         for block in self.h:
             x = block(x, mask)
         logits = F.linear(self.ln_f(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)
-        return logits if targets is None else cross_entropy(logits, targets, pad_idx)
+        if targets is None:
+            return logits
+        labels = counted(targets, pad_idx).flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE_INDEX)

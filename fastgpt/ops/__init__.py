@@ -3,8 +3,27 @@
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_qkv import attention_qkv
 from fastgpt.ops.attention_varlen import attention_varlen
+from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.embedding import embedding
+from fastgpt.ops.geglu import geglu
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.rms_norm import rms_norm
+from fastgpt.ops.rope import rope
 from fastgpt.ops.softmax import softmax
+from fastgpt.ops.swiglu import swiglu
 
-__all__ = ["attention", "attention_qkv", "attention_varlen", "gelu", "layer_norm", "softmax"]
+__all__ = [
+    "attention",
+    "attention_qkv",
+    "attention_varlen",
+    "cross_entropy",
+    "embedding",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "softmax",
+    "swiglu",
+]

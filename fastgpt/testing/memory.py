@@ -125,6 +125,6 @@ def _strides(shape: torch.Size, layout: str) -> list[int]:
         return [*(stride // row * spaced for stride in strides[:-1]), 1]
     if layout == "strided" or (layout in ("spaced", "transposed") and len(shape) == 1):
         return [2 * stride for stride in strides]
-    if layout == "transposed":
+    if layout == "transposed" and len(shape) > 1:  # a scalar has nothing to swap
         strides[-2:] = [1, max(shape[-2], 1)]
     return strides
