@@ -69,8 +69,8 @@ def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
             loaded and D <= 64
         ):  # more queries, or on sm_90 two stages, serialize the matrix instructions or spill
             return blocks(64, 64, 8, 1 if arch == "sm_90" else 2)
-        if loaded and arch == "sm_90" and D > 128:
-            return blocks(32, 32, 8, 2)
+        if loaded and arch == "sm_90":
+            return blocks(64, 32, 8, 1) if D <= 128 else blocks(32, 32, 8, 2)
         if loaded:
             return blocks(64, 32, 8, 2)
         wide = 128 if arch == "sm_90" else 64
