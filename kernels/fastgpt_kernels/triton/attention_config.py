@@ -67,10 +67,10 @@ def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
     if arch in ("sm_90", "sm_100", "sm_103"):
         if (
             loaded and D <= 64
-        ):  # with more queries sm_90 serializes its matrix instructions, and sm_100 spills
-            return blocks(64, 64, 8, 2)
+        ):  # more queries, or on sm_90 two stages, serialize the matrix instructions or spill
+            return blocks(64, 64, 8, 1 if arch == "sm_90" else 2)
         if loaded and arch == "sm_90":
-            return blocks(128, 32, 8, 2) if D <= 128 else blocks(32, 32, 8, 2)
+            return blocks(64, 32, 8, 1) if D <= 128 else blocks(32, 32, 8, 2)
         if loaded:
             return blocks(64, 32, 8, 2)
         wide = 128 if arch == "sm_90" else 64

@@ -250,8 +250,9 @@ def head_rules(
     unit = 1.0
     if opts.folded:
         unit = scale
+    mask_at = 0  # not None: Triton 3.6 has no tuple that holds one
     if opts.mask != NO_MASK:
-        mask_ptr = mask_ptr + b.to(tl.int64) * mask_sb + h.to(tl.int64) * mask_sh
+        mask_at = mask_ptr + b.to(tl.int64) * mask_sb + h.to(tl.int64) * mask_sh
     if opts.alibi:
         slope = tl.load(alibi_ptr + b * alibi_sb + h)
         if opts.mask != FLOAT_MASK:
@@ -262,7 +263,7 @@ def head_rules(
         stride = keys.to(tl.int64)
         first = (b.to(tl.int64) * heads + h) * queries * stride
     return Rules(
-        Lq, Lk, Lk - Lq, left, right, scale, cap, unit, slope, mask_ptr, mask_sq, mask_sk,
+        Lq, Lk, Lk - Lq, left, right, scale, cap, unit, slope, mask_at, mask_sq, mask_sk,
         seed, offset, threshold, first, stride,
     )  # fmt: skip
 

@@ -124,13 +124,14 @@ def layer_norm_fwd(
     if residual is not None:
         residual, residual_stride = rows_of(residual, n)
         stream = memory.empty_like(residual)
+    spare = config.BLOCK_COLS > 8192 or (x.dtype == torch.float32 and n > config.BLOCK_COLS)
     launch(
         _layer_norm_fwd_kernel, (cdiv(rows, config.BLOCK_ROWS),),
         x, residual, _adjacent(weight), _adjacent(bias), y, stream, mean, rstd,
         rows, n, x_stride, residual_stride, eps,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, ONE_BLOCK=n <= config.BLOCK_COLS,
         num_warps=config.num_warps,
-        **(sixteen_warps(arch, config.num_warps) if x.dtype == torch.float32 and n > config.BLOCK_COLS else {}),
+        **(sixteen_warps(arch, config.num_warps) if spare else {}),
     )  # fmt: skip
     return y, stream, mean, rstd
 
@@ -274,7 +275,7 @@ def _layer_norm_bwd_kernel(
         dw = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
         db = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     for tile in tl.range(pid, tl.cdiv(rows, BLOCK_ROWS), parts, num_stages=STAGES):
-        row = tl.to_tensor(tile).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row_inside = row < rows
         mean = tl.load(mean_ptr + row, mask=row_inside, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=row_inside, other=0.0)[:, None]

@@ -32,4 +32,4 @@ def keep(seed, offset, index, threshold):
         c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    return c0 >= tl.to_tensor(threshold).to(tl.uint32)
+    return c0 >= tl.cast(threshold, tl.uint32)
