@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--suite quick] …`; `report FILE`, `readme FILE`, `compare A B` on stored runs; `offline`
+"""`python -m benchmarks [--suite quick|cpu] …`; `report FILE`, `readme FILE`, `compare A B` on stored runs; `offline`
 compiles the Triton kernels without a GPU, `tune` chooses their configurations on one.
 """
 
@@ -54,13 +54,14 @@ def run(arguments: list[str]) -> int:
 
     chosen = suites.Options(
         device=device,
+        suite=options.suite,
         dtypes=tuple(options.dtype or ("fp32", "bf16")),
         ops=tuple(options.op or ()),
         backends=tuple(options.backend or ()),
-        budget=options.budget,
+        budget=suites.BUDGETS[options.suite] if options.budget is None else options.budget,
         compiled=not options.no_compile,
     )
-    result = suites.quick(chosen, stamp, lambda rows, seen: print(report.progress(rows, seen), flush=True))
+    result = suites.run(chosen, stamp, lambda rows, seen: print(report.progress(rows, seen), flush=True))
     path = result.save(options.out)
     print("\n" + report.limit_table(result))
     for line in result.not_run:
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    from benchmarks import gpt_step
+    from benchmarks import gpt_step, suites
     from fastgpt._core import registry
     from fastgpt._core.spec import BACKENDS
 
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=["quick"], default="quick")
+    parser.add_argument("--suite", choices=tuple(suites.BUDGETS), default="quick")
     parser.add_argument("--op", action="append", choices=ops, help="only this op (may be repeated)")
     parser.add_argument(
         "--dtype", action="append", choices=["fp32", "bf16", "fp16"], help="default: fp32 and bf16"
@@ -95,7 +96,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="keep",
         help="keep: fastgpt.keep_large_blocks() for all contenders; both: one run each, compared",
     )
-    parser.add_argument("--budget", type=float, default=270.0, metavar="SECONDS")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="default: quick 270, cpu 3600; what is left is listed"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     return parser.parse_args(arguments)

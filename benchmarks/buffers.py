@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ROTATE_AT_MOST = 256 * 2**20  # bytes
+TINY = 16 * 2**10  # bytes: up to here what takes time is the host's work, not memory
 
 
 class Caches(NamedTuple):
@@ -37,8 +38,11 @@ def rotation(input_bytes: int, cache: Caches) -> tuple[int, str]:
     """How many sets of inputs of that size to take in turn, and where a call then finds them.
 
     "cold": twice the last-level cache lies between two uses of a set; "beyond L2": more than twice the inner cache
-    does, but some of it may still be in a last-level cache larger than we care to fill; else "warm".
+    does, but some of it may still be in a last-level cache larger than we care to fill; else "warm". Tiny inputs
+    stay where they are: a hundred thousand tensors in turn would measure the cost of finding them.
     """
+    if input_bytes <= TINY:
+        return 1, "warm"
     wanted = math.ceil(2 * cache.last / max(input_bytes, 1))
     affordable = max(ROTATE_AT_MOST // max(input_bytes, 1), 1)
     sets = min(max(wanted, 1), affordable)

@@ -1,4 +1,8 @@
-"""The quick suite: every op of the registry at its bench cases, then the GPT step (`gpt_step.py`)."""
+"""The suites over the registry.
+
+quick: every op at its bench cases, then the GPT step (`gpt_step.py`). cpu: the shapes of GPTs that no cache holds,
+and tiny ones, where the host's time is all (`OpSpec.cpu_cases`).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ from fastgpt._core.spec import Case, OpSpec
 from fastgpt.testing.inputs import DTYPES, as_tuple
 
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
+BUDGETS = {"quick": 270.0, "cpu": 3600.0}  # seconds
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
 
 Emit = Callable[[list[Row], list[dict[str, Any]]], None]  # the rows of a case, the limits so far
@@ -30,10 +35,11 @@ Function = Callable[..., Any]
 @dataclass
 class Options:
     device: torch.device
+    suite: str = "quick"
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     ops: tuple[str, ...] = ()  # none: all
     backends: tuple[str, ...] = ()  # of ours, timed beside the automatic choice
-    budget: float = 270.0
+    budget: float = BUDGETS["quick"]
     compiled: bool = True
 
 
@@ -69,15 +75,18 @@ class OpCase:
         return f"{self.spec.name} {self.case.name} {self.dtype_name}"
 
 
-def op_cases(ops: Sequence[str], dtypes: Sequence[str]) -> list[OpCase]:
-    """All cases, the ops in turn, so that a run cut short has something of each; large shapes before small ones."""
+def op_cases(ops: Sequence[str], dtypes: Sequence[str], suite: str = "quick") -> list[OpCase]:
+    """All cases of the suite, the ops in turn, so that a run cut short has something of each.
+
+    Large shapes first, but in `cpu`, where they take up to a minute each to be checked, small ones.
+    """
     found: list[OpCase] = []
     for spec in [registry.get(name) for name in ops] if ops else registry.ops():
         forms: dict[str, list[Case]] = {}
-        for case in spec.bench_cases:
+        for case in spec.suite_cpu if suite == "cpu" else spec.bench_cases:
             forms.setdefault(repr(sorted(case.options.items())), []).append(case)
         for cases in forms.values():
-            cases.sort(key=lambda case: torch.Size(case.shape).numel(), reverse=True)
+            cases.sort(key=lambda case: torch.Size(case.shape).numel(), reverse=suite == "quick")
         by_size = [
             case for layer in itertools.zip_longest(*forms.values()) for case in layer if case is not None
         ]
@@ -90,12 +99,12 @@ def allowed(case: Case, dtype: str) -> bool:
     return dtype != "fp32" or not case.mixed
 
 
-def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
+def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     """Run the suite within the budget; `emit` gets the rows of each case as soon as they are there."""
     from benchmarks import gpt_step
 
     settings = {
-        "suite": "quick",
+        "suite": options.suite,
         "dtypes": list(options.dtypes),
         "ops": list(options.ops),
         "backends": list(options.backends),
@@ -107,8 +116,8 @@ def quick(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Ru
     run.limits.append(limits.to_json(meter.measure(), "start"))
     limits_took = options.budget - budget.left  # the same again is kept for the end
     ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
-    cases = op_cases(ops, dtypes) if ops or not options.ops else []
-    with_step = not options.ops or gpt_step.OP in options.ops
+    cases = op_cases(ops, dtypes, options.suite) if ops or not options.ops else []
+    with_step = options.suite == "quick" if not options.ops else gpt_step.OP in options.ops
     # After the first case of each op comes the GPT, then the rest.
     jobs: list[tuple[str, Callable[[float], list[Row]]]] = [
         *((case.name, partial(op_rows, case, options, budget)) for case in cases if case.rank == 0),

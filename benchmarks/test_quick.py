@@ -17,7 +17,6 @@ import fastgpt
 from benchmarks import buffers, environment, gpt_step, proof, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT
 from benchmarks.timing import Step
-from fastgpt.testing.inputs import Problem
 
 pytest.importorskip("pytest_benchmark")
 
@@ -33,7 +32,7 @@ def _allocator() -> None:
 
 
 @functools.lru_cache(maxsize=1)  # the tests of one case follow one another
-def prepared(name: str) -> tuple[Problem, list[dict[str, Any]], Callable[..., Any]]:
+def prepared(name: str) -> tuple[proof.Posed, list[dict[str, Any]], Callable[..., Any]]:
     case = OP_CASES[name]
     problem = proof.pose(case.spec, case.case, case.dtype, DEVICE)
     sets, _ = buffers.rotation(buffers.tensor_bytes(problem.inputs.values()), buffers.caches(DEVICE))

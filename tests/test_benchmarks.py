@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, compare, gpt_step, report, suites
+from benchmarks import buffers, compare, gpt_step, limits, proof, report, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
 from benchmarks.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
 from fastgpt._core import registry
@@ -85,6 +86,7 @@ def test_rotation_until_cold_or_large_enough() -> None:
     assert buffers.rotation(64 << 20, small) == (1, "cold")
     assert buffers.rotation(1 << 20, huge) == (256, "beyond L2")
     assert buffers.rotation(3 << 20, buffers.Caches(2 << 20, 1 << 30)._replace(inner=1 << 30)) == (85, "warm")
+    assert buffers.rotation(4 * 64 * 4, small) == (1, "warm")
 
 
 def test_rotated_inputs_are_separate_memory_and_not_zero() -> None:
@@ -111,6 +113,64 @@ def test_every_bench_case_appears_largest_of_each_form_first() -> None:
     ]
     assert len(sizes) > 3
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_cpu_suite_has_every_width_of_the_row_ops_and_a_tiny_size(dtype: str) -> None:
+    found: dict[str, dict[str, set[tuple[int, ...]]]] = {}
+    for case in suites.op_cases((), (dtype,), "cpu"):
+        forms = found.setdefault(case.spec.name, {})
+        forms.setdefault(repr(case.case.options), set()).add(case.case.shape)
+    wide = {(8192, 768), (8192, 1600), (8192, 3072), (8192, 6400), (1043, 50257), (4, 64)}
+    for op, forms in {"layer_norm": 2, "gelu": 4, "softmax": 1}.items():
+        assert sum(shapes == wide for shapes in found[op].values()) == forms, op
+    assert suites.op_cases(("gelu",), (dtype,), "cpu")[0].case.shape == (4, 64)  # the cheap ones first
+    causal = found["softmax"][repr({"causal": True, "scale": 0.125})]
+    assert {shape[-1] for shape in causal} == {768, 1600, 3072, 6400, 64}
+    assert {(2, 12, 1024, 1024, 64), (1, 16, 4096, 4096, 128)} < found["attention"][repr({"causal": True})]
+
+
+def test_the_cpu_suite_runs_and_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = suites.OpCase(registry.get("softmax"), Case((4, 64)), "bf16")
+    words = ["--suite", "cpu", "--op", "softmax", "--allocator", "default", "--no-compile"]
+    meter = mock.Mock(**{"measure.return_value": dict.fromkeys(limits.NAMES, limits.Limit(1e10, "w"))})
+    with (
+        mock.patch.object(suites, "op_cases", side_effect=lambda ops, dtypes, suite: [tiny]) as asked,
+        mock.patch.object(limits, "LimitMeter", return_value=meter),  # its buffers are large
+    ):
+        assert command.main([*words, "--budget", "20", "--out", str(tmp_path)]) == 0
+    assert asked.call_args.args[2] == "cpu"
+    (stored,) = tmp_path.glob("cpu-default-*.json")
+    rows = load(stored).rows
+    assert {row.pass_ for row in rows} == {"fwd", "bwd", "fwd+bwd"}
+    assert rows[0].seconds is not None
+    assert "of copy" in capsys.readouterr().out
+
+
+def test_a_case_checked_in_pieces_is_judged_as_the_whole() -> None:
+    spec, case = registry.get("layer_norm"), Case((50, 96), {"residual": True})
+    whole = proof.pose(spec, case, torch.bfloat16, CPU)
+    pieces = proof.pose(spec, case, torch.bfloat16, CPU, piece_elements=700)
+    assert (len(whole.pieces), len(pieces.pieces)) == (1, 8)
+    assert proof.error(pieces, spec.function) == pytest.approx(proof.error(whole, spec.function), rel=1e-6)
+
+    for name in ("x", "weight"):  # of each row, and of their sum
+
+        def wrong(*, wrong: str = name, **inputs: Any) -> Any:
+            outputs = spec.function(**inputs)
+            if inputs[wrong].requires_grad:
+                inputs[wrong].register_hook(lambda gradient: gradient * 1.05)
+            return outputs
+
+        assert proof.error(pieces, wrong) > 1.0
+
+
+@pytest.mark.parametrize(("options", "pieces"), [({"dropout": 0.1}, 1), ({"mask": "bool", "over": "b1"}, 8)])
+def test_rows_that_hang_together_are_checked_together(options: dict[str, Any], pieces: int) -> None:
+    spec = registry.get("softmax")
+    posed = proof.pose(spec, Case((50, 96), options), torch.float32, CPU, piece_elements=700)
+    assert len(posed.pieces) == pieces
+    assert proof.error(posed, spec.function) <= 1.0
 
 
 def _rows(**changes: Any) -> dict[tuple[str, str], Row]:

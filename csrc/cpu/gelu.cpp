@@ -5,6 +5,7 @@
 #include "math.h"
 #include "parallel.h"
 #include "reduce.h"
+#include "stream.h"
 
 namespace fg::FG_LEVEL {
 namespace {
@@ -18,30 +19,31 @@ FG_INLINE F activation(F z) {
 constexpr int kAhead = 1024;  // elements to prefetch: a page or half, where the hardware's prefetching stops
 
 template <class T, int A>
-void forward_range(const T* x, const T* bias, T* y, int64_t count) {
+void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streaming) {
   if (bias == nullptr) {
-    for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    for_lanes_out<2>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       prefetch(x + j + kAhead);
       const F z = load(x + j, lanes);
-      store(y + j, activation<T, A>(z), lanes);
+      put(y + j, activation<T, A>(z), lanes);
     });
   } else {
-    for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    for_lanes_out<2>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       prefetch(x + j + kAhead);
       const F z = load(x + j, lanes) + load(bias + j, lanes);
-      store(y + j, activation<T, A>(z), lanes);
+      put(y + j, activation<T, A>(z), lanes);
     });
   }
 }
 
 // dx may be null; with dbias (fp32) the row's gradient is added to it.
 template <class T, int A, bool HasBias, bool NeedBias>
-void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count) {
-  for_lanes<2>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count,
+                    bool streaming) {
+  for_lanes_out<2>(dx, count, streaming && dx != nullptr, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     F z = load(x + j, lanes);
     if constexpr (HasBias) z = z + load(bias + j, lanes);
     const F d = load(dy + j, lanes) * gelu_slope<A>(z);
-    if (dx != nullptr) store(dx + j, d, lanes);
+    if (dx != nullptr) put(dx + j, d, lanes);
     if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
   });
 }
@@ -69,9 +71,10 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n,
     with_kind(dtype, approximate, [&](auto type, auto kind) {
       using T = typename decltype(type)::type;
       parallel_chunks(rows, 1, total, num_threads, [&](int64_t i, int64_t) {
+        const Streaming streaming(total * static_cast<int64_t>(sizeof(T)));
         const int64_t at = i * n;
         forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + at, nullptr,
-                                                static_cast<T*>(y) + at, min_of(n, total - at));
+                                                static_cast<T*>(y) + at, min_of(n, total - at), streaming.on);
       });
     });
     return;
@@ -79,9 +82,10 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n,
   with_kind(dtype, approximate, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
     parallel_chunks(rows, rows_per_chunk(rows, n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+      const Streaming streaming(rows * n * static_cast<int64_t>(sizeof(T)));
       for (int64_t i = begin; i < end; ++i) {
         forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
-                                                static_cast<T*>(y) + i * n, n);
+                                                static_cast<T*>(y) + i * n, n, streaming.on);
       }
     });
   });
@@ -100,14 +104,16 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
       using T = typename decltype(type)::type;
       constexpr int A = decltype(kind)::value;
       parallel_chunks(rows, rows_per_chunk(rows, n), total, num_threads, [&](int64_t begin, int64_t end) {
+        const Streaming streaming(total * static_cast<int64_t>(sizeof(T)));
         for (int64_t i = begin; i < end; ++i) {
           const int64_t at = i * n, count = min_of(n, total - at);
           const T *dy_i = static_cast<const T*>(dy) + at, *x_i = static_cast<const T*>(x) + at;
           T* dx_i = static_cast<T*>(dx) + at;
           if (bias == nullptr) {
-            backward_range<T, A, false, false>(dy_i, x_i, nullptr, dx_i, nullptr, count);
+            backward_range<T, A, false, false>(dy_i, x_i, nullptr, dx_i, nullptr, count, streaming.on);
           } else {
-            backward_range<T, A, true, false>(dy_i, x_i, static_cast<const T*>(bias), dx_i, nullptr, count);
+            backward_range<T, A, true, false>(dy_i, x_i, static_cast<const T*>(bias), dx_i, nullptr, count,
+                                              streaming.on);
           }
         }
       });
@@ -119,6 +125,7 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
   with_kind(dtype, approximate, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
     parallel_chunks(rows, max_of(1, parts.size), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+      const Streaming streaming(rows * n * static_cast<int64_t>(sizeof(T)));
       Scratch block(n);
       float* own = sums.data + begin / parts.size * n;
       std::memset(own, 0, static_cast<uint64_t>(n) * sizeof(float));
@@ -127,7 +134,7 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
           std::memset(block.data, 0, static_cast<uint64_t>(n) * sizeof(float));
         backward_range<T, decltype(kind)::value, true, true>(
             static_cast<const T*>(dy) + i * n, static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
-            dx != nullptr ? static_cast<T*>(dx) + i * n : nullptr, block.data, n);
+            dx != nullptr ? static_cast<T*>(dx) + i * n : nullptr, block.data, n, streaming.on);
         if ((i - begin) % kFlushRows == kFlushRows - 1 || i + 1 == end) add_into(own, block.data, n);
       }
     });

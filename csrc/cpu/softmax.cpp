@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "philox.h"
 #include "reduce.h"
+#include "stream.h"
 
 namespace fg::FG_LEVEL {
 namespace {
@@ -36,6 +37,12 @@ struct Problem {
   bool dropping;
   Dropout dropout;
 
+  // Causal rows are written plainly: streaming stores would meet the zeros' plain ones within a cache line.
+  template <class T>
+  int64_t streamed_bytes() const {
+    return queries == 0 ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
+  }
+
   int64_t visible(int64_t row) const {
     if (queries == 0) return cols;
     return min_of(cols, max_of(0, row % queries + 1 + cols - queries));
@@ -53,11 +60,21 @@ FG_INLINE float max_lanes(int64_t n, const Score& score) {
   return hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
 }
 
-// e = exp(score - top) for `n` columns, and its sum. A NaN anywhere, or top infinite, makes the sum NaN.
+// Memory that is touched after a row's exponentials: asked for while those are computed, the one pass that
+// leaves memory idle.
 template <class T>
-FG_INLINE float exponentials(const T* x, F scale, float top, float* e, int64_t n) {
+struct Ahead {
+  const T* next;  // the next row of x
+  const T* y;     // this row of y
+};
+
+// e = exp(score - top) for `n` columns, and its sum. A NaN anywhere, or top infinite, makes the sum NaN.
+template <class X, class T>
+FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n, Ahead<T> ahead) {
   const F minus_top = set(-top);
   return sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+    prefetch(ahead.next + j);
+    prefetch(ahead.y + j);
     const F value = exp_nonpositive(fma(load(x + j, lanes), scale, minus_top));
     store(e + j, value, lanes);
     return keep(value, lanes, set(0.0f));
@@ -71,11 +88,13 @@ void fill_zero(T* y, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int64_t row, int64_t n) {
+void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int64_t row, int64_t n,
+               bool streaming) {
   const F by = set(inverse);
   if (!a.dropping) {
-    for_lanes<2>(n,
-                 [&](int64_t j, int, auto lanes) FG_LAMBDA { store(y + j, load(e + j, lanes) * by, lanes); });
+    for_lanes_out<2>(y, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      put(y + j, load(e + j, lanes) * by, lanes);
+    });
   } else {
     for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       const F probability = load(e + j, lanes) * by;
@@ -108,7 +127,8 @@ const float* mask_row(const T* mask, int64_t column_stride, float* copy, int64_t
 
 // One row under a boolean mask; false if it sees nothing.
 template <class T>
-bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int64_t n, float& sum) {
+bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int64_t n, Ahead<T> ahead,
+                float& sum) {
   const F scale = set(a.scale);
   M seen = none();
   const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
@@ -119,7 +139,7 @@ bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int
     return s;
   });
   if (!any(seen)) return false;
-  sum = exponentials(e, set(1.0f), top, e, n);
+  sum = exponentials(e, set(1.0f), top, e, n, ahead);
   if (!(sum > 0.0f)) {  // NaN: the visible part of the row shows it, the excluded part stays zero
     for (int64_t j = 0; j < n; ++j) e[j] = mask[j] != 0 ? __builtin_nanf("") : 0.0f;
     sum = 1.0f;
@@ -129,43 +149,45 @@ bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int
 
 // One row under an additive mask (fp32), which may be null.
 template <class T>
-float added_row(const Problem& a, const T* x, const float* mask, float* e, int64_t n) {
+float added_row(const Problem& a, const T* x, const float* mask, float* e, int64_t n, Ahead<T> ahead) {
   const F scale = set(a.scale);
   if (mask == nullptr) {
     const float top =
         max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
-    return exponentials(x, scale, top, e, n);
+    return exponentials(x, scale, top, e, n, ahead);
   }
   const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
     const F s = fma(load(x + j, lanes), scale, load(mask + j, lanes));
     store(e + j, s, lanes);
     return s;
   });
-  return exponentials(e, set(1.0f), top, e, n);
+  return exponentials(e, set(1.0f), top, e, n, ahead);
 }
 
 template <class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
+  const Streaming streaming(a.streamed_bytes<T>());
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = a.visible(i), at = i * a.cols;
     T *y_row = y + at, *p_row = p != nullptr ? p + at : nullptr;
     float sum = 0.0f;
     bool seen = n > 0;
+    const Ahead<T> ahead{x + at + a.cols, streaming.on ? x + at + a.cols : y_row};
     if (seen) {
       if constexpr (sizeof(MaskType) == 1) {
         uint8_t* copy = reinterpret_cast<uint8_t*>(mask_copy.data);
         const uint8_t* row = mask_row(mask + mask_rows.offset(i), column_stride, copy, n);
-        seen = masked_row(a, x + at, row, e.data, n, sum);
+        seen = masked_row(a, x + at, row, e.data, n, ahead, sum);
       } else {
         const float* row = nullptr;
         if (kind != kNoMask) row = mask_row(mask + mask_rows.offset(i), column_stride, mask_copy.data, n);
-        sum = added_row(a, x + at, row, e.data, n);
+        sum = added_row(a, x + at, row, e.data, n, ahead);
       }
     }
     const int64_t written = seen ? n : 0;
-    if (seen) write_row(a, e.data, 1.0f / sum, y_row, p_row, i, n);
+    if (seen) write_row(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
     fill_zero(y_row, written, a.cols);
     if (p != nullptr) fill_zero(p_row, written, a.cols);
   }
@@ -174,27 +196,34 @@ void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const Mask
 // dx (may be null) of one row; ds is added to dmask if that is not null: per column, or as one sum.
 template <class T>
 void backward_row(const Problem& a, const T* dy, const T* p, T* dx, float* dmask, bool one_column, float* g,
-                  int64_t row) {
+                  int64_t row, bool streaming) {
   const int64_t n = a.visible(row), at = row * a.cols;
+  const T* written = streaming || dx == nullptr ? p + at : dx + at;  // asked for while the row is read
   float inner;
   if (a.dropping) {
     inner = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+      prefetch(written + j);
       const F dropped = a.dropout.apply(load(dy + at + j, lanes), at + j);
       store(g + j, dropped, lanes);
       return keep(dropped * load(p + at + j, lanes), lanes, set(0.0f));
     });
   } else {
     inner = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+      prefetch(written + j);
       return keep(load(dy + at + j, lanes) * load(p + at + j, lanes), lanes, set(0.0f));
     });
   }
   const F center = set(inner), scale = set(a.scale);
   const auto write = [&](const auto* gradient) FG_LAMBDA {
-    for_lanes<2>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-      const F ds = load(p + at + j, lanes) * (load(gradient + j, lanes) - center);
-      if (dx != nullptr) store(dx + at + j, ds * scale, lanes);
-      if (dmask != nullptr && !one_column) store(dmask + j, load(dmask + j, lanes) + ds, lanes);
-    });
+    for_lanes_out<2>(dx + (dx != nullptr ? at : 0), n, streaming && dx != nullptr,
+                     [&](int64_t j, int, auto lanes) FG_LAMBDA {
+                       const F ds = load(p + at + j, lanes) * (load(gradient + j, lanes) - center);
+                       prefetch(dy + at + a.cols + j);
+                       prefetch(p + at + a.cols + j);
+                       if (dx != nullptr) put(dx + at + j, ds * scale, lanes);
+                       if (dmask != nullptr && !one_column)
+                         store(dmask + j, load(dmask + j, lanes) + ds, lanes);
+                     });
     if (dmask != nullptr && one_column) {
       *dmask += sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
         return keep(load(p + at + j, lanes) * (load(gradient + j, lanes) - center), lanes, set(0.0f));
@@ -259,6 +288,7 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
   const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
+    const Streaming streaming(a.streamed_bytes<T>());
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / parts, first = unit % parts * size, last = min_of(first + size, members);
@@ -267,8 +297,8 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
       for (int64_t m = first; m < last; m += kFlushRows) {
         fill_zero(block.data, 0, mask_cols);
         for (int64_t k = m; k < min_of(m + kFlushRows, last); ++k) {
-          backward_row(a, dy, p, dx, block.data, mask_cols == 1 && a.cols != 1, g.data,
-                       sharing.row(group, k));
+          backward_row(a, dy, p, dx, block.data, mask_cols == 1 && a.cols != 1, g.data, sharing.row(group, k),
+                       streaming.on);
         }
         add_into(own, block.data, mask_cols);
       }
@@ -326,9 +356,10 @@ void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t r
     if (dmask == nullptr) {
       parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
+                        const Streaming streaming(a.streamed_bytes<T>());
                         Scratch g(a.dropping ? cols : 0);
                         for (int64_t i = begin; i < end; ++i)
-                          backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i);
+                          backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i, streaming.on);
                       });
       return;
     }

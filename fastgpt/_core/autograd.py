@@ -24,6 +24,13 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     return False
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` in two thirds of the time: outside of functorch its Python half has nothing to do."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def double_backward_wanted() -> bool:
     """True inside a backward that must itself be differentiable (`create_graph=True`)."""
     return not torch.compiler.is_compiling() and torch.is_grad_enabled()

@@ -90,6 +90,16 @@ class Case:
         return "-".join(parts)
 
 
+ROWS, WIDTHS = 8192, (768, 1600, 3072, 6400, 50257)  # of row ops in GPTs; a vocabulary is the widest
+_MOST_ELEMENTS = ROWS * 6400  # fewer rows as wide as a vocabulary: a case must fit in memory
+
+
+def row_cases(*forms: Mapping[str, Any], widths: Sequence[int] = WIDTHS) -> tuple[Case, ...]:
+    """For `OpSpec.cpu_cases`: each form of the options at every width, and 4 x 64, where the host's time is all."""
+    shapes = [(min(ROWS, _MOST_ELEMENTS // n), n) for n in widths]
+    return tuple(Case(shape, form) for form in forms for shape in (*shapes, (4, 64)))
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op: see `fastgpt/ops/layer_norm.py` for a whole example.
@@ -110,6 +120,8 @@ class OpSpec:
     c: the constant of the error bound.
     make_inputs: `make_inputs(case, dtype, draw)`: the keyword arguments of `function`.
     cases, bench_cases: what tests and benchmarks run.
+    cpu_cases: what the benchmark suite `cpu` runs. None: every form of the options that `bench_cases` has on
+        [rows, n], as `row_cases`, and its other shapes as they are.
     cost: `cost(case, dtype)`.
     baseline: what a PyTorch user would write, `baseline(**inputs)`: differentiable, eager or compiled.
     orders: by device type, which backend is tried first.
@@ -137,6 +149,14 @@ class OpSpec:
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DEFAULT_ORDERS)
     rule: Callable[..., str | None] | None = None
     kernels: str = ""
+    cpu_cases: tuple[Case, ...] | None = None
+
+    @property
+    def suite_cpu(self) -> tuple[Case, ...]:
+        if self.cpu_cases is not None:
+            return self.cpu_cases
+        forms = {repr(case.options): case.options for case in self.bench_cases if len(case.shape) == 2}
+        return row_cases(*forms.values()) + tuple(case for case in self.bench_cases if len(case.shape) != 2)
 
     @property
     def stem(self) -> str:

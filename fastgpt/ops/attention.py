@@ -340,6 +340,7 @@ SPEC = register(
         make_inputs=attention_cases.make_inputs,
         cases=attention_cases.CASES,
         bench_cases=attention_cases.BENCH,
+        cpu_cases=attention_cases.CPU,
         cost=attention_cases.cost,
         baseline=attention_cases.baseline,
         c=8.0,

@@ -190,3 +190,8 @@ BENCH = (
     Case((2, 12, 512, 512, 64), {"causal": True}),
     Case((2, 12, 512, 512, 64), {"causal": True, "kv_heads": 4}),
 )
+CPU = tuple(
+    Case(shape, {"causal": True} if causal else {})
+    for shape in ((2, 12, 1024, 1024, 64), (1, 16, 4096, 4096, 128), (1, 2, 4, 4, 64))
+    for causal in (True, False)
+)

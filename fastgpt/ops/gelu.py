@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -39,7 +39,7 @@ def gelu(
     args = _prepare(x, bias, approximate=approximate)
     chosen = choose(SPEC, args, backend)
     if needs_graph(x, bias):
-        return _GELU.apply(chosen, *args)
+        return apply(_GELU, chosen, *args)
     return call("gelu_fwd", chosen, *args)
 
 

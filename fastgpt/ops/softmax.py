@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
-from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
+from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec, row_cases
 from fastgpt.reference import softmax as reference
 
 
@@ -50,7 +50,7 @@ def softmax(
     args = _prepare(x, scale=scale, mask=mask, causal=causal, dropout_p=dropout_p, rng=rng)
     chosen = choose(SPEC, args, backend)
     if needs_graph(x, mask):
-        return _Softmax.apply(chosen, *args)
+        return apply(_Softmax, chosen, *args)
     return call("softmax_fwd", chosen, *args)[0]
 
 
@@ -220,6 +220,14 @@ _BENCH = (
     Case((128, 50257)),
     Case((4, 12, 256, 256), {"mask": "bool", "over": "b11k"}),
 )
+_CPU = (
+    *row_cases({}),
+    # About as many rows, of scores of sequences as long as those rows are wide.
+    *(
+        Case(shape, {"causal": True, "scale": 0.125})
+        for shape in ((11, 768, 768), (5, 1600, 1600), (3, 3072, 3072), (1, 6400, 6400), (1, 4, 64))
+    ),
+)
 
 SPEC = register(
     OpSpec(
@@ -245,6 +253,7 @@ SPEC = register(
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,
+        cpu_cases=_CPU,
         cost=_cost,
         baseline=_baseline,
     )

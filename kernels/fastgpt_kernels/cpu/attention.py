@@ -42,7 +42,8 @@ def attention_fwd(
     if lse.numel() == 0:
         return out.transpose(1, 2), lse
     call, alive = _describe(
-        q, k, v, mask, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q, max_seqlen_k, dropout_p
+        q, k, v, mask, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q, max_seqlen_k,
+        dropout_p,
     )  # fmt: skip
     pointers, shapes, masks, (threshold, keep_scale) = call
     kernels.attention_fwd(
@@ -72,7 +73,8 @@ def attention_bwd(
             memory.empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype, x.device).transpose(1, 2)
             for x in (q, k, v)
         )
-    dmask, dmask_shape = None, (1, 1, 1, 1)
+    dmask: Tensor | None = None
+    dmask_shape: tuple[int, ...] = (1, 1, 1, 1)
     if need_dmask and mask is not None:
         dmask = memory.empty(mask.shape, torch.float32, mask.device).zero_()
         dmask_shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
