@@ -106,18 +106,26 @@ struct Band {
   }
 };
 
+// Of a row without a finite score: whether it sees keys, so that arithmetic made the -inf, and the result is
+// NaN. Where there is a mask, it is taken to be the mask's.
+inline bool all_lost(const Call& call, const Head& head, int64_t t) {
+  const Band band(call, head, t, t);
+  return call.mask_kind == kNoMask && band.begin < band.end;
+}
+
 FG_INLINE bool sees_whole(const Call& call, const Head& head, const Panel& panel, int64_t key, int64_t keys) {
   const int64_t first = panel.t + head.shift, last = first + panel.count - 1;
-  return keys % kRows == 0 && (call.left < 0 || key >= last - call.left) &&
+  return keys % kRows == 0 && panel.count == panel.lanes && (call.left < 0 || key >= last - call.left) &&
          (call.right < 0 || key + keys - 1 <= first + call.right);
 }
 
-// Scores outside the band, and of keys that do not exist, become -inf.
+// Scores outside the band, and of keys and queries that do not exist, become -inf: a NaN of one of those must
+// not be multiplied by anything, not even zero.
 inline void hide(const Call& call, const Head& head, const Panel& panel, int64_t key, int64_t keys,
                  float* s) {
   const int64_t padded = round_up(keys, kRows);
   for (int64_t j = 0; j < padded; ++j) {
-    int64_t begin = 0, end = panel.lanes;  // lanes that see the key
+    int64_t begin = 0, end = panel.count;  // lanes that see the key
     if (j >= keys) end = 0;
     const int64_t ahead = key + j - head.shift - panel.t;
     if (call.right >= 0) begin = max_of(begin, ahead - call.right);

@@ -29,8 +29,8 @@ struct Gradients {
 // along the queries in `p_pairs`, `ds_pairs` and along the keys in `ds_columns`.
 template <class Kind, bool Plain>
 inline void differentiate(const Call& call, const Head& head, const Panel& panel, int64_t key, int64_t padded,
-                          float* s, float* dp, const float* tanhs, const float* lse, const float* delta,
-                          float* p_pairs, float* ds_pairs, float* ds_columns) {
+                          float* s, float* dp, const float* tanhs, const float* lse, const float* norm,
+                          const float* delta, float* p_pairs, float* ds_pairs, float* ds_columns) {
   const Exponential<Plain> exponential(call);
   for (int64_t u = 0; u < panel.vecs; ++u) {
     const F base = load(lse + u * W, Full{}), base_in_units = Plain ? base * set(kLog2E) : base;
@@ -41,7 +41,9 @@ inline void differentiate(const Call& call, const Head& head, const Panel& panel
       const F score = load(s + at, Full{});
       // A row whose lse is NaN must not reach keys that it does not see.
       const M hidden = is_hidden(score);
-      const F p = select(hidden, set(0.0f), exponential(score, base, base_in_units));
+      F p = exponential(score, base, base_in_units);
+      if constexpr (!Plain) p = p * load(norm + u * W, Full{});
+      p = select(hidden, set(0.0f), p);
       F d = load(dp + at, Full{});
       F weight = p;
       if (call.threshold != 0) {
@@ -89,7 +91,7 @@ struct Backward {
       : call(call), grads(grads), panels(ceil_div(call.queries, kLanes)), lanes(round_up(call.queries, W)) {}
 
   struct Memory {
-    float *q, *g, *q_rows, *g_rows, *lse, *delta;  // of one head, panel after panel
+    float *q, *g, *q_rows, *g_rows, *lse, *norm, *delta;  // of one head, panel after panel
     float *k, *v, *k_along, *s, *dp, *bias, *tanhs, *p_pairs, *ds_pairs, *ds_columns;
     float *dq, *dk, *dv;
   };
@@ -107,6 +109,7 @@ struct Backward {
     to->q_rows = take(lanes / kEach * wide);
     to->g_rows = take(lanes / kEach * value_wide);
     to->lse = take(lanes);
+    to->norm = take(lanes);
     to->delta = take(lanes);
     to->k = take(kKeys * round_up(depth, kRows));
     to->v = take(kKeys * value_depth);
@@ -151,8 +154,11 @@ struct Backward {
                        m.g_rows + t / kEach * value_wide, value_wide);
       for (int64_t r = 0; r < panel.lanes; ++r) {
         const bool there = r < panel.count;
-        const float lse = there ? grads.lse[row + t + r] : -kNever;
+        float lse = there ? grads.lse[row + t + r] : -kNever;
+        if (lse == kNever || (there && lse == -kNever && all_lost(call, head, t + r)))
+          lse = __builtin_nanf("");
         m.lse[t + r] = lse == -kNever ? kNever : lse;
+        m.norm[t + r] = 1.0f;
         m.delta[t + r] = 0.0f;
         if (!there) continue;
         const T *a = g_t + r * grads.dout_at.t, *b = out_t + r * grads.out_at.t;
@@ -168,6 +174,46 @@ struct Backward {
     const int64_t padded = round_up(keys, kRows);
     pack_rows<Kind>(k + key * call.k_at.t, call.k_at.t, keys, padded, call.width, m.k, k_row());
     pack_rows<Kind>(v + key * call.v_at.t, call.v_at.t, keys, padded, call.value_width, m.v, value_depth);
+  }
+
+  // Rows of scores so large that lse has lost the logarithm of their number, masks of -3e38 above all: their
+  // probabilities e^(s - lse) are brought to the sum 1.
+  void normalise(const Head& head, const Memory& m, const T* k, int64_t begin, int64_t end) const {
+    if (call.plain()) return;
+    constexpr float kLarge = 256.0f;
+    const Exponential<false> exponential(call);
+    for (int64_t t = begin; t < end; t += kLanes) {
+      const Panel panel(t, end);
+      bool any_large = false;
+      for (int64_t r = 0; r < panel.count; ++r) {
+        const float size = __builtin_fabsf(m.lse[t + r]);
+        any_large = any_large || (size >= kLarge && size < kNever);
+      }
+      if (!any_large) continue;
+      alignas(64) float sums[kLanes] = {};
+      const Band band(call, head, t, t + panel.count - 1);
+      for (int64_t key = band.begin / kKeys * kKeys; key < band.end; key += kKeys) {
+        const int64_t keys = min_of(kKeys, band.end - key), padded = round_up(keys, kRows);
+        pack_rows<Kind>(k + key * call.k_at.t, call.k_at.t, keys, padded, call.width, m.k, k_row());
+        with_vecs(panel.vecs, [&](auto vecs) FG_LAMBDA {
+          product<Kind, decltype(vecs)::value, Start::kZero>(m.k, k_row(), 1, m.q + t * depth, panel.lanes,
+                                                             depth, m.s, panel.lanes, padded);
+        });
+        shape_scores(call, head, panel, key, keys, m.s, m.bias, nullptr);
+        if (!sees_whole(call, head, panel, key, keys)) hide(call, head, panel, key, keys, m.s);
+        for (int64_t j = 0; j < padded; ++j) {
+          for (int64_t u = 0; u < panel.vecs; ++u) {
+            const F base = load(m.lse + t + u * W, Full{}), s = load(m.s + j * panel.lanes + u * W, Full{});
+            const F p = select(is_hidden(s), set(0.0f), exponential(s, base, base));
+            store(sums + u * W, load(sums + u * W, Full{}) + p, Full{});
+          }
+        }
+      }
+      for (int64_t r = 0; r < panel.count; ++r) {
+        const float size = __builtin_fabsf(m.lse[t + r]);
+        if (size >= kLarge && size < kNever) m.norm[t + r] = 1.0f / sums[r];
+      }
+    }
   }
 
   // s, dp and what follows from them: the operands of the last three products, or, with Of = Floats and no
@@ -186,12 +232,12 @@ struct Backward {
     const bool plain = call.plain();
     if (!plain) shape_scores(call, head, panel, key, keys, m.s, m.bias, tanhs);
     if (!sees_whole(call, head, panel, key, keys)) hide(call, head, panel, key, keys, m.s);
-    const float *lse = m.lse + panel.t, *delta = m.delta + panel.t;
+    const float *lse = m.lse + panel.t, *norm = m.norm + panel.t, *delta = m.delta + panel.t;
     if (plain) {
-      differentiate<Of, true>(call, head, panel, key, padded, m.s, m.dp, nullptr, lse, delta, m.p_pairs,
+      differentiate<Of, true>(call, head, panel, key, padded, m.s, m.dp, nullptr, lse, norm, delta, m.p_pairs,
                               m.ds_pairs, m.ds_columns);
     } else {
-      differentiate<Of, false>(call, head, panel, key, padded, m.s, m.dp, tanhs, lse, delta, m.p_pairs,
+      differentiate<Of, false>(call, head, panel, key, padded, m.s, m.dp, tanhs, lse, norm, delta, m.p_pairs,
                                m.ds_pairs, m.ds_columns);
     }
   }
@@ -219,6 +265,7 @@ struct Backward {
       load_head(head, m, 0, head.Lq);
       const T* k = at_head(static_cast<const T*>(call.k), call.k_at, call, b, kv_head, head.first_k);
       const T* v = at_head(static_cast<const T*>(call.v), call.v_at, call, b, kv_head, head.first_k);
+      normalise(head, m, k, 0, head.Lq);
       const int64_t stored = call.cu_k != nullptr ? call.cu_k[b + 1] - head.first_k : call.keys;
       for (int64_t key = begin; key < min_of(end, stored); key += kKeys) {
         const int64_t keys = max_of(0, min_of(kKeys, head.Lk - key));

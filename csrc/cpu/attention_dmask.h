@@ -23,6 +23,7 @@ struct MaskGradient {
         const T* k = at_head(static_cast<const T*>(call.k), call.k_at, call, b, kv_head, head.first_k);
         const T* v = at_head(static_cast<const T*>(call.v), call.v_at, call, b, kv_head, head.first_k);
         unit.load_head(head, m, begin, last);
+        unit.normalise(head, m, k, begin, last);
         for (int64_t key = 0; key < head.Lk; key += kKeys) {
           const int64_t there = min_of(kKeys, head.Lk - key);
           unit.load_keys(m, k, v, key, there);

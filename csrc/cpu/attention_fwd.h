@@ -198,6 +198,7 @@ struct Forward {
       factors[r] = sum == 0.0f ? 0.0f : call.keep_scale / sum;
       const bool infinite = top == __builtin_inff();  // its sum is NaN
       lse_at[r] = infinite || sum == 0.0f ? top : top * unit + ::logf(sum);
+      if (sum == 0.0f && all_lost(call, head, panel.t + r)) factors[r] = __builtin_nanf("");
     }
     for (int64_t r = panel.count; r < panel.lanes; ++r) factors[r] = 0.0f;
   }

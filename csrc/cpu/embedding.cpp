@@ -204,10 +204,10 @@ void scatter_rows(const T* dout, const Segments& segments, T* dweight, int64_t r
                       write_zeros(dweight + v * n, (used - v) * n * static_cast<int64_t>(sizeof(T)));
                       v = used - 1;
                     }
-                  });
 #if defined(__SSE2__)
-  _mm_sfence();
+                    _mm_sfence();  // orders the stores of its own thread alone
 #endif
+                  });
   if (num_busy == 0) return;
 
   Scratch sums(pieces * n);

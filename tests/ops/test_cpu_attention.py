@@ -70,6 +70,64 @@ def test_the_two_ways_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+def results(backend: str, *tensors: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """out, lse, and the gradients of the tensors."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    q, k, v = leaves
+    out, lse = SPEC.function(q, k, v, **options, return_lse=True, backend=backend)
+    weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, weights)]
+
+
+@pytest.mark.parametrize("smallest", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_gradients_of_rows_whose_mask_is_a_huge_number(smallest: float) -> None:
+    """Uniform rows, as Hugging Face makes them: their lse has lost the logarithm of the number of keys."""
+    q, k, v = (torch.randn(1, 2, 60, 8) for _ in range(3))
+    mask = torch.zeros(60, 70)[:, :60]
+    mask[[2, 50]] = smallest
+    q[:, :, [2, 50]] *= 1e-6  # what is left of a score beside such a mask
+    got = results("cpu", q, k, v, mask=mask)
+    exact = results("reference", *(t.double() for t in (q, k, v)), mask=mask.double())
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5, msg=f"{name} {smallest}")
+
+
+def test_a_window_may_be_as_large_as_an_integer() -> None:
+    tensors = tuple(torch.randn(1, 1, 6, 8) for _ in range(3))
+    whole, causal = results("cpu", *tensors), results("cpu", *tensors, causal=True)
+    for window in (sys.maxsize, (None, sys.maxsize), (sys.maxsize, sys.maxsize)):
+        for a, b in zip(results("cpu", *tensors, window=window), whole, strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(results("cpu", *tensors, causal=True, window=sys.maxsize), causal, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("value", "compared"), [(-torch.inf, 2), (torch.inf, 5)])
+def test_rows_lost_to_infinity_are_nan_and_not_zero(value: float, compared: int) -> None:
+    """Minus infinity as a product hides nothing (in backward its p is 0 all the same); plus infinity loses the row."""
+    q, k, v = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4).abs(), torch.randn(1, 1, 5, 4)
+    q[0, 0, 2, 0] = value
+    got, expected = results("cpu", q, k, v), results("reference", q, k, v)
+    for a, b in list(zip(got, expected, strict=True))[:compared]:
+        assert torch.equal(a.isnan(), b.isnan())
+    assert bool(got[0][0, 0, 2].isnan().all())
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_lanes_without_a_query_reach_no_key(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of queries: the last pair along them has half a query, times a key of NaN that nobody sees."""
+    monkeypatch.setattr(attention, "PAIRS", pairs)
+    q, k, v = (torch.randn(1, 1, 5, 8).bfloat16() for _ in range(3))
+    seen = torch.ones(5, 5, dtype=torch.bool)
+    seen[:, 3] = False
+    expected = results("cpu", q, k, v, mask=seen)
+    k[0, 0, 3] = torch.nan
+    got = results("cpu", q, k, v, mask=seen)
+    for grad in got[3:]:
+        assert not bool(grad.isnan().any())
+    assert torch.equal(got[4], expected[4])
+
+
 MEASURE = """
 import resource, torch
 from fastgpt import ops

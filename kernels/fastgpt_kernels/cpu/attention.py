@@ -12,6 +12,7 @@ from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
 from fastgpt_kernels.masks import dropout_args
 
 _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2  # enum MaskKind in attention.h
+_FAR = 1 << 40  # a window beyond any length, to which positions can still be added
 PAIRS = kernels.prefers_bf16_pairs()  # of bf16; the tests prove both ways
 
 
@@ -47,8 +48,8 @@ def attention_fwd(
     )  # fmt: skip
     pointers, shapes, masks, (threshold, keep_scale) = call
     kernels.attention_fwd(
-        *pointers, out.data_ptr(), lse.data_ptr(), *shapes, *masks, scale, softcap, window_left, window_right,
-        threshold, keep_scale, DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
+        *pointers, out.data_ptr(), lse.data_ptr(), *shapes, *masks, scale, softcap, min(window_left, _FAR),
+        min(window_right, _FAR), threshold, keep_scale, DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
     )  # fmt: skip
     del alive
     return out.transpose(1, 2), lse
@@ -78,7 +79,7 @@ def attention_bwd(
     if need_dmask and mask is not None:
         dmask = memory.empty(mask.shape, torch.float32, mask.device).zero_()
         dmask_shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if lse.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+    if lse.numel() == 0 or k.shape[2] == 0:
         for grad in grads:
             grad.zero_()
     else:
@@ -90,8 +91,8 @@ def attention_bwd(
         kernels.attention_bwd(
             *pointers, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), _at(dlse), *(g.data_ptr() for g in grads),
             *shapes, *(step for x in (dout, out, *grads) for step in x.stride()[:3]), *masks, scale, softcap,
-            window_left, window_right, threshold, keep_scale, _at(dmask), *dmask_shape, DTYPE_CODES[q.dtype],
-            PAIRS, torch.get_num_threads(),
+            min(window_left, _FAR), min(window_right, _FAR), threshold, keep_scale, _at(dmask), *dmask_shape,
+            DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
         )  # fmt: skip
         del alive
     found_dmask = None if dmask is None or mask is None else dmask.to(mask.dtype)
@@ -139,4 +140,10 @@ def _describe(
         batch, heads, kv_heads, queries, keys, rows, width, v.shape[3],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slopes_b,
     )  # fmt: skip
-    return (pointers, shapes, masks, (threshold, keep_scale)), (slopes, lengths, cu_seqlens_q, cu_seqlens_k, rng)
+    return (pointers, shapes, masks, (threshold, keep_scale)), (
+        slopes,
+        lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        rng,
+    )
