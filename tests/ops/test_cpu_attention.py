@@ -104,7 +104,7 @@ def test_a_window_may_be_as_large_as_an_integer() -> None:
 
 @pytest.mark.parametrize(("value", "compared"), [(-torch.inf, 2), (torch.inf, 5)])
 def test_rows_lost_to_infinity_are_nan_and_not_zero(value: float, compared: int) -> None:
-    """Minus infinity as a product hides nothing (in backward its p is 0 all the same); plus infinity loses the row."""
+    """Minus infinity as a product hides nothing (though in backward its p is 0); plus infinity loses the row."""
     q, k, v = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4).abs(), torch.randn(1, 1, 5, 4)
     q[0, 0, 2, 0] = value
     got, expected = results("cpu", q, k, v), results("reference", q, k, v)
