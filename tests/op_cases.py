@@ -92,6 +92,14 @@ def forms(op: str) -> list[Case]:
     return list(found.values())
 
 
+def forms_on(op: str, backend: str) -> list[Case]:
+    """The forms that proofs of a backend's road go through: on an emulated one, which is slow, every third.
+
+    (Its numbers are proven on every case, by `matrix`.)
+    """
+    return forms(op)[:: 3 if registry.EMULATED.get(backend, False) else 1]
+
+
 def form_ids() -> list[tuple[str, Case]]:
     return [(op, case) for op in OPS for case in forms(op)]
 
