@@ -43,19 +43,24 @@ demo: build  ## train a small GPT on three paths, side by side, and let it write
 
 # In processes of their own, because Triton interprets either all kernels or none; two at a time, the longest first.
 EMULATED := TRITON_INTERPRET=1 FASTGPT_CUDA_EMULATION=1 $(PYTEST)
-PARTS := $(MAKE) --no-print-directory -j2 --output-sync=target test-emulated-attention test-plain test-emulated-rest
+OFFLINE := tests/test_offline.py tests/test_offline_cuda.py
+PARTS := $(MAKE) --no-print-directory -j2 --output-sync=target \
+	test-emulated-attention test-plain test-emulated-rest test-offline
 
 test: build  ## the tests, without the slow ones
-	@echo "three parts, two side by side; each is shown when it is done"
+	@echo "four parts, two side by side; each is shown when it is done"
 	@$(PARTS) CHOSEN='not slow and'
 
 test-all: build  ## all tests
-	@echo "three parts, two side by side; each is shown when it is done"
+	@echo "four parts, two side by side; each is shown when it is done"
 	@$(PARTS)
 
-.PHONY: test-plain test-emulated-attention test-emulated-rest
+.PHONY: test-plain test-offline test-emulated-attention test-emulated-rest
 test-plain:
-	$(PYTEST) -q -m "$(CHOSEN) not interpreter" --durations=15
+	$(PYTEST) -q -m "$(CHOSEN) not interpreter" $(OFFLINE:%=--ignore=%) --durations=15
+
+test-offline:
+	$(PYTEST) -q -m "$(CHOSEN) not interpreter" $(OFFLINE) --durations=5
 
 test-emulated-attention:
 	$(EMULATED) -q -m "$(CHOSEN) interpreter" -k attention --durations=15
