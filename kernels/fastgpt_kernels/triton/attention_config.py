@@ -116,7 +116,7 @@ def _decode_rule(opts: Options, rows: int, dtype: torch.dtype, arch: str) -> Blo
     if arch.startswith("gfx"):
         return BlockConfig(4, 1, rows, 64 if D <= 128 else 32)
     if arch == "sm_90" and rows == 16 and D == 128:
-        return BlockConfig(4, 4, rows, 32)  # 64 keys spill
+        return BlockConfig(8, 3, rows, 64)  # 4 warps spill
     if arch in ("sm_90", "sm_100", "sm_103"):
         return BlockConfig(4, 3, rows, 64 if D <= 128 else 32)
     return BlockConfig(4, 3, rows, 64 if D <= 64 else 32)
