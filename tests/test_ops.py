@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,99 +82,6 @@ def test_fp64_takes_torch_or_reference(op: str) -> None:
             if supported(spec, backend, made.inputs):
                 got = results(made, _on(spec, backend), made.inputs, made.output_grads)
                 torch.testing.assert_close(got, made.exact, rtol=1e-11, atol=1e-11)
-
-
-def _masked(kind: str, **options: Any) -> list[Case]:
-    """A case for every dimension that the mask's gradient can be summed over."""
-    patterns = ("bhqk", "b11k", "11qk", "1hq1", "1111")
-    return [Case((3, 4, 90, 80), {"mask": kind, "over": pattern, **options}) for pattern in patterns]
-
-
-# Every path of the C++ kernels at a size that is handed out to several threads: the declared cases are smaller.
-THREADED = {
-    "attention": [
-        Case((2, 4, 150, 150, 20), {"causal": True, "return_lse": True}),
-        Case((2, 4, 150, 170, 16), {"mask": "fp32", "over": "1hqk", "dropout": 0.1}),
-        Case((2, 4, 3, 2000, 16), {"mask": "bool", "lengths": True}),
-        Case((1, 2, 100, 1100, 16), {"kv_heads": 1, "window": "600"}),  # keys cut into stretches in backward
-    ],
-    "attention_qkv": [Case((4, 150, 4, 32), {"causal": True})],
-    "attention_varlen": [Case((150, 90, 4, 16), {"causal": True})],
-    "layer_norm": [
-        Case((130, 700)),
-        Case((4000, 24), {"residual": True}),
-        Case((130, 700), {"residual": True}),
-        Case((130, 700), {"residual": True, "weight": False, "bias": False}),
-        Case((130, 700), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
-    ],
-    "embedding": [
-        Case((20, 50, 70), {"positions": "all", "vocab": 300}),
-        Case((70, 16, 130), {"positions": "each", "frequent": True, "padding": True}),
-        Case((300, 7, 64), {"positions": "all"}),
-    ],
-    "geglu": [Case((60, 1600)), Case((4000, 24), {"approximate": "tanh"})],
-    "cross_entropy": [
-        Case((130, 700), {"ignored": 0.2}),
-        Case((4000, 24), {"reduction": "sum"}),
-        Case((3, 50257), {"label_smoothing": 0.1, "reduction": "none"}),
-    ],
-    "gelu": [
-        Case(shape, {"approximate": approximate, **bias})
-        for shape in ((60, 1600), (4000, 24))
-        for approximate in ("none", "tanh")
-        for bias in ({}, {"bias": True})
-    ],
-    "rms_norm": [
-        Case((130, 700)),
-        Case((4000, 24), {"residual": True}),
-        Case((130, 700), {"residual": True, "weight": False}),
-        Case((130, 700), {"parameters": "fp32", "stream": "fp32"}, mixed=True),
-    ],
-    "softmax": [
-        Case((3, 50257)),
-        Case((2, 2, 150, 150), {"causal": True, "scale": 0.125}),
-        *_masked("bool"),
-        *_masked("same", scale=0.5),
-        *_masked("fp32", causal=True),
-        Case((2, 2, 150, 150), {"dropout": 0.3}),
-        Case((2, 2, 150, 150), {"dropout": 0.3, "causal": True}),
-        *_masked("fp32", dropout=0.1)[2:4],
-    ],
-    "rope": [
-        Case((2, 12, 50, 64), {"layout": "BTHD"}),
-        Case((3, 4, 90, 80), {"turning": "half", "interleaved": True, "tables": "each", "k_heads": 2}),
-    ],
-    "swiglu": [Case((60, 1600)), Case((4000, 24))],
-}
-THREADED_CASES = [(op, case) for op in OPS if "cpu" in backends(op) for case in THREADED[op]]
-
-
-@pytest.mark.parametrize(
-    ("op", "case"), THREADED_CASES, ids=[f"{op}-{case.name}" for op, case in THREADED_CASES]
-)
-def test_the_number_of_threads_changes_no_bit(op: str, case: Case) -> None:
-    """1, 2 and 3 threads, forward and backward; with 3 inside the bound as well."""
-    spec = registry.get(op)
-    assert math.prod(case.shape) >= 2 * _parallel_elements()
-    for dtype in (torch.bfloat16,) if case.mixed else (torch.float32, torch.bfloat16):
-        made = problem(spec, case, dtype)
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(made, _on(spec, "cpu"), made.inputs, made.output_grads))
-        for name, value in found[0].items():
-            assert same_bits(value, found[1][name]), f"2 threads: {dtype} {name}"
-            assert same_bits(value, found[2][name]), f"3 threads: {dtype} {name}"
-    report = check(op, backend="cpu", dtypes=["bf16" if case.mixed else "fp32"], cases=[case])
-    assert report.ok, report
-
-
-def _parallel_elements() -> int:
-    """From how many elements on the kernels use more than one thread."""
-    header = Path(__file__).parents[1] / "csrc" / "cpu" / "parallel.h"
-    found = re.search(r"kParallelElements = ([\d* ]+);", header.read_text())
-    assert found
-    return math.prod(int(factor) for factor in found[1].split("*"))
 
 
 @pytest.mark.parametrize(("op", "variant"), PLAIN, ids=PLAIN_IDS)

@@ -6,6 +6,16 @@
 #include "attention_fwd.h"
 #include "export.h"
 
+// The parameters that both directions have under the same names.
+#define FG_CALL                                                                                            \
+  Call {                                                                                                   \
+    q, k, v, mask, static_cast<const float*>(slopes), static_cast<const int64_t*>(lengths),                \
+        static_cast<const int32_t*>(cu_q), static_cast<const int32_t*>(cu_k),                              \
+        static_cast<const int64_t*>(rng), batch, heads, kv_heads, queries, keys, rows, width, value_width, \
+        {q_b, q_h, q_t}, {k_b, k_h, k_t}, {v_b, v_h, v_t}, slopes_b, mask_b, mask_h, mask_q, mask_k,       \
+        mask_kind, mask_dtype, scale, softcap, left, right, static_cast<uint32_t>(threshold), keep_scale   \
+  }
+
 namespace fg::FG_LEVEL {
 
 // out [B, Tq, H, Dv] (packed: [total, H, Dv]) and lse [B, H, Tq] ([H, total]) contiguous; lse natural, -inf
@@ -18,39 +28,7 @@ void attention_fwd(const void* q, const void* k, const void* v, const void* mask
                    int64_t slopes_b, int64_t mask_b, int64_t mask_h, int64_t mask_q, int64_t mask_k,
                    int mask_kind, int mask_dtype, float scale, float softcap, int64_t left, int64_t right,
                    int64_t threshold, float keep_scale, int dtype, bool pairs, int num_threads) {
-  const Call call{q,
-                  k,
-                  v,
-                  mask,
-                  static_cast<const float*>(slopes),
-                  static_cast<const int64_t*>(lengths),
-                  static_cast<const int32_t*>(cu_q),
-                  static_cast<const int32_t*>(cu_k),
-                  static_cast<const int64_t*>(rng),
-                  batch,
-                  heads,
-                  kv_heads,
-                  queries,
-                  keys,
-                  rows,
-                  width,
-                  value_width,
-                  {q_b, q_h, q_t},
-                  {k_b, k_h, k_t},
-                  {v_b, v_h, v_t},
-                  slopes_b,
-                  mask_b,
-                  mask_h,
-                  mask_q,
-                  mask_k,
-                  mask_kind,
-                  mask_dtype,
-                  scale,
-                  softcap,
-                  left,
-                  right,
-                  static_cast<uint32_t>(threshold),
-                  keep_scale};
+  const Call call = FG_CALL;
   with_arithmetic(dtype, pairs, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
     const Forward<T, decltype(kind)> unit(call);
@@ -84,39 +62,7 @@ void attention_bwd(const void* q, const void* k, const void* v, const void* mask
                    float softcap, int64_t left, int64_t right, int64_t threshold, float keep_scale,
                    void* dmask, int64_t dmask_batch, int64_t dmask_heads, int64_t dmask_queries,
                    int64_t dmask_keys, int dtype, bool pairs, int num_threads) {
-  const Call call{q,
-                  k,
-                  v,
-                  mask,
-                  static_cast<const float*>(slopes),
-                  static_cast<const int64_t*>(lengths),
-                  static_cast<const int32_t*>(cu_q),
-                  static_cast<const int32_t*>(cu_k),
-                  static_cast<const int64_t*>(rng),
-                  batch,
-                  heads,
-                  kv_heads,
-                  queries,
-                  keys,
-                  rows,
-                  width,
-                  value_width,
-                  {q_b, q_h, q_t},
-                  {k_b, k_h, k_t},
-                  {v_b, v_h, v_t},
-                  slopes_b,
-                  mask_b,
-                  mask_h,
-                  mask_q,
-                  mask_k,
-                  mask_kind,
-                  mask_dtype,
-                  scale,
-                  softcap,
-                  left,
-                  right,
-                  static_cast<uint32_t>(threshold),
-                  keep_scale};
+  const Call call = FG_CALL;
   const Gradients grads{dout,
                         out,
                         {dout_b, dout_h, dout_t},

@@ -10,40 +10,13 @@
 // (Chan, Golub, LeVeque 1983, eq. 1.7).
 
 #include "export.h"
+#include "norm.h"
 #include "parallel.h"
 #include "reduce.h"
 #include "stream.h"
 
 namespace fg::FG_LEVEL {
 namespace {
-
-// A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none.
-class Parameter {
- public:
-  Parameter(const void* p, int dtype, int64_t n, float fill)
-      : scratch_(p != nullptr && dtype == F32 ? 0 : n) {
-    if (p != nullptr && dtype == F32) {
-      data = static_cast<const float*>(p);
-      return;
-    }
-    float* copy = scratch_.data;
-    data = copy;
-    if (p == nullptr) {
-      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, set(fill), lanes); });
-      return;
-    }
-    with_dtype(dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const T* from = static_cast<const T*>(p);
-      for_lanes<1>(
-          n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(from + j, lanes), lanes); });
-    });
-  }
-  const float* data;
-
- private:
-  Scratch scratch_;
-};
 
 struct Stats {
   float mean, shift, rstd;  // the mean is mean + shift: kept apart, because (x - mean) is exact for x near it
@@ -224,17 +197,6 @@ void backward_part(const Backward& a, const float* w, float* sums, int64_t begin
     backward_rows<T, X, true>(a, w, dw, dw + n, i, min_of(i + kFlushRows, end));
     add_into(sums, dw, 2 * n);
   }
-}
-
-template <class Body>
-void with_dtypes(int t, int x, const Body& body) {  // the wider type is t itself or fp32
-  with_dtype(t, [&](auto type) {
-    if (x == F32) {
-      body(type, Type<float>{});
-    } else {
-      body(type, type);
-    }
-  });
 }
 
 }  // namespace

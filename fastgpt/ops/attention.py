@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -95,7 +95,7 @@ def run(backend: str, args: tuple[Any, ...], qkv: Tensor | None = None, heads: i
     q, k, v, mask, *_, need_lse = args
     if needs_graph(q, k, v, mask):
         inputs = (q, k, v) if qkv is None else (qkv, None, None)
-        found = Attention.apply(backend, heads, *inputs, *args[3:])
+        found = apply(Attention, backend, heads, *inputs, *args[3:])
         return found if need_lse else (found, None)
     return call("attention_fwd", backend, *args)
 

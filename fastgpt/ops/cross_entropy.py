@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -57,7 +57,7 @@ def cross_entropy(
     )
     chosen = choose(SPEC, args, backend)
     if needs_graph(logits):
-        return _CrossEntropy.apply(chosen, *args)
+        return apply(_CrossEntropy, chosen, *args)
     return call("cross_entropy_fwd", chosen, *args)[0]
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -53,7 +53,7 @@ def embedding(
     chosen = choose(SPEC, args, backend)
     if needs_graph(token_weight, position_weight):
         padding = -1 if padding_idx is None else padding_idx % token_weight.shape[0]
-        return _Embedding.apply(chosen, padding, *args)
+        return apply(_Embedding, chosen, padding, *args)
     return call("embedding_fwd", chosen, *args)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -44,7 +44,7 @@ def run(backend: str, args: tuple[Tensor, Tensor, str], definition: Callable[...
     """The entries of `geglu` on prepared arguments; `definition(gate, up)` is what double backward goes through."""
     gate, up, activation = args
     if needs_graph(gate, up):
-        return _GatedUnit.apply(backend, definition, gate, up, activation)
+        return apply(_GatedUnit, backend, definition, gate, up, activation)
     return call("geglu_fwd", backend, gate, up, activation)
 
 

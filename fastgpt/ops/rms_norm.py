@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -48,7 +48,7 @@ def rms_norm(
     args = _prepare(x, weight, eps, residual=residual)
     chosen = choose(SPEC, args, backend)
     if needs_graph(x, weight, residual):
-        return _RMSNorm.apply(chosen, *args)
+        return apply(_RMSNorm, chosen, *args)
     y, stream, _ = call("rms_norm_fwd", chosen, *args)
     return y if residual is None else (y, stream)
 

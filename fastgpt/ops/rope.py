@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import backward_through, double_backward_wanted, needs_graph
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
 from fastgpt._core.dispatch import Backend, choose
 from fastgpt._core.library import call
 from fastgpt._core.registry import register
@@ -48,7 +48,7 @@ def rope(
     args = _prepare(q, k, cos, sin, interleaved=interleaved)
     chosen = choose(SPEC, args, backend)
     if needs_graph(q, k):
-        return _Rope.apply(chosen, *args)
+        return apply(_Rope, chosen, *args)
     return call("rope_fwd", chosen, *args)
 
 

@@ -47,7 +47,10 @@ def test_at_the_borders_of_panels_and_tiles(length: int, level: Any) -> None:
         prove((1, 1, length, keys, 16), window="30_5")
 
 
-@pytest.mark.skipif("avx512_bf16" not in load_cpu().isas(), reason="needs a CPU with AVX512-BF16")
+has_pairs = pytest.mark.skipif("avx512_bf16" not in load_cpu().isas(), reason="needs a CPU with AVX512-BF16")
+
+
+@has_pairs
 @pytest.mark.parametrize("pairs", [False, True])
 def test_bf16_in_pairs_and_as_floats(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is the faster one depends on the CPU; both are inside the bound for every case."""
@@ -57,10 +60,9 @@ def test_bf16_in_pairs_and_as_floats(pairs: bool, monkeypatch: pytest.MonkeyPatc
     assert report.ok, report
 
 
+@has_pairs
 def test_the_two_ways_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs are really multiplied where they are asked for: the sums round differently."""
-    if "avx512_bf16" not in load_cpu().isas():
-        pytest.skip("needs a CPU with AVX512-BF16")
     q, k, v = (torch.randn(1, 2, 70, 64).bfloat16() for _ in range(3))
     found = []
     for pairs in (False, True):

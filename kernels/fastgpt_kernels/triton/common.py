@@ -95,6 +95,18 @@ def rows_rule(n: int, arch: str, *, one_block: int, tile: int, warps: int) -> Ro
     return RowsConfig(num_warps, 1, BLOCK_ROWS=min(max(tile // cols, 1), 128), BLOCK_COLS=cols)
 
 
+def around(rule: RowsConfig, stages: Sequence[int]) -> list[RowsConfig]:
+    """What the tuner tries beside a rule: half and twice its warps and its rows."""
+    warps = {max(rule.num_warps // 2, 1), rule.num_warps, min(rule.num_warps * 2, 32)}
+    rows = {max(rule.BLOCK_ROWS // 2, 1), rule.BLOCK_ROWS, rule.BLOCK_ROWS * 2}
+    return [
+        replace(rule, num_warps=w, BLOCK_ROWS=r, num_stages=s)
+        for w in sorted(warps)
+        for r in sorted(rows)
+        for s in stages
+    ]
+
+
 def sixteen_warps(arch: str, num_warps: int) -> dict[str, int]:
     """The option that lets NVIDIA's assembler use so many registers that 16 warps still run at once on a processor.
 

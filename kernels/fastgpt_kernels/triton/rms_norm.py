@@ -26,6 +26,7 @@ from fastgpt_kernels.triton.common import (
     RowsConfig,
     Tunable,
     add_compensated,
+    around,
     cdiv,
     column_sums,
     configured,
@@ -69,16 +70,7 @@ def heuristic_bwd(n: int, dtype: torch.dtype, arch: str) -> RowsConfig:
 def candidates(kernel: str, n: int, dtype: torch.dtype) -> list[RowsConfig]:
     """What the tuner tries for rows of n columns."""
     heuristic = heuristic_fwd if kernel == "rms_norm_fwd" else heuristic_bwd
-    rule = heuristic(n, dtype, "")
-    warps = {max(rule.num_warps // 2, 1), rule.num_warps, min(rule.num_warps * 2, 32)}
-    rows = {max(rule.BLOCK_ROWS // 2, 1), rule.BLOCK_ROWS, rule.BLOCK_ROWS * 2}
-    stages = (1,) if kernel == "rms_norm_fwd" else (1, 2)
-    return [
-        replace(rule, num_warps=w, BLOCK_ROWS=r, num_stages=s)
-        for w in sorted(warps)
-        for r in sorted(rows)
-        for s in stages
-    ]
+    return around(heuristic(n, dtype, ""), (1,) if kernel == "rms_norm_fwd" else (1, 2))
 
 
 def tunables() -> Sequence[Tunable]:
