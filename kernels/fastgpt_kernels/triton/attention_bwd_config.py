@@ -1,7 +1,7 @@
 """Block sizes of attention's backward kernels: a rule per architecture, over which the recorded tables stand.
 
-None of the rules spills or serialises wgmma (Triton 3.7.1, offline), also where options come together: dropout with a
-mask, a window and grouped heads; softcap with ALiBi, a window and documents. What they avoid:
+None of the rules spills or serialises wgmma (Triton 3.6.0 and 3.7.1, offline), also where options come together:
+dropout with a mask, a window and grouped heads; softcap with ALiBi, a window and documents. What they avoid:
 - sm_90, dkdv: 64 x 128 spills 8 bytes at D = 64 with grouped heads; at D = 128 84, and 32 x 128 40 with a window too.
   Candidates all the same.
 - sm_90, dkdv, D = 256: two accumulators of 64 keys, the least that wgmma takes, leave too few registers; 32 keys
@@ -40,17 +40,19 @@ _DKDV: dict[str, Rules] = {
         ((32, 64, 4, 1), (16, 64, 4, 1), (16, 16, 4, 1)),
     ),
 }
+# With the loop over grouped heads, D up to 64, what is above spills.
+_DKDV_GROUPED: dict[str, Sizes] = {"sm_80": (32, 32, 8, 2), "sm_90": (16, 128, 8, 2)}
 _DQ: dict[str, Rules] = {
     "sm_80": (
         ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        ((32, 32, 4, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+        ((32, 32, 4, 1), (64, 32, 8, 2), (32, 16, 8, 2)),
     ),
     "sm_90": (
         ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
         ((128, 32, 8, 2), (128, 32, 8, 2), (16, 32, 8, 2)),
     ),
     "sm_100": (
-        ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
         ((64, 32, 8, 2), (64, 32, 8, 2), (16, 16, 8, 1)),
     ),
     "gfx": (
@@ -97,8 +99,11 @@ def _rule(rules: dict[str, Rules], options: Options, dtype: torch.dtype, arch: s
     if dtype == torch.float32:
         return _fp32_rule(D, arch, 128 if rules is _DQ else 64)
     family = "gfx" if arch.startswith("gfx") else "sm_100" if arch == "sm_103" else arch
+    grouped = rules is _DKDV and options.group > 1
     # The loop over grouped heads does not fit beside tcgen05's operands.
-    loaded = _is_loaded(options) or (rules is _DKDV and family == "sm_100" and options.group > 1)
+    loaded = _is_loaded(options) or (grouped and family == "sm_100")
+    if grouped and not loaded and D <= 64 and family in _DKDV_GROUPED:
+        return _blocks(*_DKDV_GROUPED[family])
     sizes = rules.get(family, rules["sm_80"])[loaded]
     return _blocks(*sizes[0 if D <= 64 else 1 if D <= 128 else 2])
 

@@ -66,14 +66,18 @@ def _forward_rule(opts: Options, dtype: torch.dtype, arch: str) -> BlockConfig:
         return blocks(m, 64, 4, 1) if D <= 64 else blocks(m, 32, 4, 1) if D <= 128 else blocks(64, 16, 4, 1)
     if arch in ("sm_90", "sm_100", "sm_103"):
         if (
-            loaded and D <= 64
-        ):  # more queries, or on sm_90 two stages, serialize the matrix instructions or spill
-            return blocks(64, 64, 8, 1 if arch == "sm_90" else 2)
-        if loaded and arch == "sm_90":
-            return blocks(64, 32, 8, 1) if D <= 128 else blocks(32, 32, 8, 2)
+            loaded and arch == "sm_90"
+        ):  # more queries or two stages serialize the matrix instructions or spill
+            return (
+                blocks(64, 64, 8, 1)
+                if D <= 64
+                else blocks(64, 32, 8, 1)
+                if D <= 128
+                else blocks(32, 32, 8, 2)
+            )
         if loaded:
             return blocks(64, 32, 8, 2)
-        wide = 128 if arch == "sm_90" else 64
+        wide = 128 if arch == "sm_90" else 32
         return (
             blocks(128, wide, 8, 3)
             if D <= 64

@@ -50,7 +50,7 @@ def supports(
 def heuristic(kernel: str, n: int, dtype: torch.dtype, arch: str) -> RowsConfig:
     """kernel: "cross_entropy_fwd" (rows are walked) or "cross_entropy_bwd" (one tile a program)."""
     if kernel == "cross_entropy_fwd":
-        rule = rows_rule(n, arch, one_block=4096, tile=2048, warps=4)
+        rule = rows_rule(n, arch, one_block=4096, tile=2048, warps=8)
     else:  # 16 elements a thread, with 64-bit addresses each where rows are of odd lengths, would spill
         rule = rows_rule(n, arch, one_block=2048, tile=2048, warps=8)
     return configured(arch, kernel, _key(n, dtype), rule)

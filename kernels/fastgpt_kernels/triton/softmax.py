@@ -56,14 +56,16 @@ def supports(
 
 def heuristic(kernel: str, n: int, dtype: torch.dtype, arch: str, dropping: bool = False) -> RowsConfig:
     """kernel: "softmax_fwd", "softmax_bwd" or "softmax_dmask" (a tile of rows that share a row of the mask)."""
-    rule = rows_rule(n, arch, one_block=16384 if kernel == "softmax_bwd" else 32768, tile=2048, warps=4)
+    one_block = 16384 if kernel == "softmax_bwd" else 32768
+    # Beside Philox's registers 8 elements a thread are all that fit, of several rows 4.
+    tile, warps = (1024, 8) if dropping else (2048, 4)
+    rule = rows_rule(n, arch, one_block=one_block, tile=tile, warps=warps)
     if kernel == "softmax_dmask" and arch != "interpreter":
         cols = min(rule.BLOCK_COLS, 512)
         rule = RowsConfig(
-            2 if arch.startswith("gfx") else 4, 1, BLOCK_ROWS=min(2048 // cols, 32), BLOCK_COLS=cols
+            4 if arch.startswith("gfx") else 8, 1, BLOCK_ROWS=min(2048 // cols, 32), BLOCK_COLS=cols
         )
     elif dropping and arch != "interpreter" and rule.BLOCK_COLS > 4096:
-        # Beside Philox's registers 8 elements a thread are all that fit.
         rule = replace(rule, num_warps=8 if arch.startswith("gfx") else 16, BLOCK_COLS=4096)
     return configured(arch, kernel, _key(n, dtype) + ("-dropout" if dropping else ""), rule)
 
