@@ -6,7 +6,7 @@ figures: "fp32 peak" is the best fp32 matrix product measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +68,12 @@ class LimitMeter:
             result[name] = Limit(rates[best], best)
         return result
 
+    def steps(
+        self, names: Iterable[str], measured: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, tuple[Step, float]]:
+        """For each limit what measures it, in the way that was best in `measured` (of `to_json`), and its work."""
+        return {name: self.work[name][measured[name]["way"]] for name in sorted(set(names))}
+
 
 def _product(m: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
     a, b = (torch.randn(m, m, device=device).to(dtype) for _ in range(2))
@@ -75,10 +81,17 @@ def _product(m: int, dtype: torch.dtype, device: torch.device) -> Callable[[int]
     return lambda _: torch.mm(a, b, out=out)
 
 
+def binding(moved: float, flops: float, dtype: str, rates: Mapping[str, float]) -> tuple[str, float]:
+    """Which limit such work meets first, and the seconds that it takes there."""
+    product = "float32" if dtype == "fp32" else "bfloat16"
+    copying, computing = moved / rates["copy"], flops / rates[product]
+    return ("copy", copying) if copying >= computing else (product, computing)
+
+
 def to_json(limits: Limits, when: str) -> dict[str, Any]:
     return {"when": when, **{name: asdict(limit) for name, limit in limits.items()}}
 
 
-def best(measured: list[dict[str, Any]]) -> dict[str, float]:
+def best(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The highest rate of each limit over the run's measurements (as `to_json` made them)."""
     return {name: max(entry[name]["rate"] for entry in measured) for name in NAMES}

@@ -31,7 +31,9 @@ NOTES = """\
 - Times are medians, in brackets p20 to p80. All contenders of a case ran in one process, in random order each round.
 - `fwd` is the forward as training runs it (inputs require gradients); `bwd` is (fwd+bwd) − fwd, round by round.
 - *of limit*: the time that the bytes and operations a call cannot do without take at the measured limits, over the
-  time it took. Which limit binds is named. A call whose data lies in a cache can exceed the limit of copying.
+  time it took. Which limit binds is named. Calls that move 16 MiB or more have that limit measured in their own
+  rounds, between the contenders; for the others it is the best of the run. A call whose data lies in a cache can
+  exceed the limit of copying.
 - *×eager*, *×compiled*: their median time over this one; above 1 this one is faster.
 - *error*: the largest error over the allowed one, on this very case; ours is not timed above 1.
 """
@@ -176,10 +178,8 @@ def limit_table(run: Run) -> str:
 def fraction(row: Row, rates: Mapping[str, float]) -> tuple[float, str]:
     """Of the binding limit, and its name."""
     assert row.seconds is not None
-    peak = rates["float32" if row.dtype == "fp32" else "bfloat16"]
-    copying, computing = row.moved / rates["copy"], row.flops / peak
-    name = "copy" if copying >= computing else "product"
-    return max(copying, computing) / row.seconds.median, name
+    name, seconds = limits.binding(row.moved, row.flops, row.dtype, {**rates, **row.limits})
+    return seconds / row.seconds.median, name if name == "copy" else "product"
 
 
 def environment_lines(environment: Mapping[str, object]) -> list[str]:

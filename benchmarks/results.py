@@ -46,6 +46,7 @@ class Row:
     tokens: int = 0
     note: str = ""
     device_seconds: Quantiles | None = None  # where `seconds` is the wall clock's
+    limits: dict[str, float] = field(default_factory=dict)  # measured in the same rounds: they beat the run's
 
     def __post_init__(self) -> None:
         self.seconds = Quantiles(*self.seconds) if self.seconds else None

@@ -27,6 +27,8 @@ from fastgpt.testing.inputs import DTYPES, as_tuple
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
 BUDGETS = {"quick": 270.0, "cpu": 3600.0}  # seconds
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
+# Calls that move so much have their limit measured among them, so that both see the same neighbours on the machine.
+LIMIT_BESIDE = 16 * 2**20
 
 Emit = Callable[[list[Row], list[dict[str, Any]]], None]  # the rows of a case, the limits so far
 Function = Callable[..., Any]
@@ -118,11 +120,15 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
     cases = op_cases(ops, dtypes, options.suite) if ops or not options.ops else []
     with_step = options.suite == "quick" if not options.ops else gpt_step.OP in options.ops
+
+    def timed(case: OpCase) -> Callable[[float], list[Row]]:
+        return lambda seconds: op_rows(case, options, budget, seconds, meter, run.limits)
+
     # After the first case of each op comes the GPT, then the rest.
     jobs: list[tuple[str, Callable[[float], list[Row]]]] = [
-        *((case.name, partial(op_rows, case, options, budget)) for case in cases if case.rank == 0),
+        *((case.name, timed(case)) for case in cases if case.rank == 0),
         *((f"{gpt_step.OP} {d}", partial(gpt_step.rows, d, options, budget)) for d in dtypes if with_step),
-        *((case.name, partial(op_rows, case, options, budget)) for case in cases if case.rank > 0),
+        *((case.name, timed(case)) for case in cases if case.rank > 0),
     ]
     for done, (name, job) in enumerate(jobs):
         if budget.left < limits_took + 3.0:
@@ -140,8 +146,18 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     return run
 
 
-def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -> list[Row]:
-    """Check, then time, every contender on one case; forward and forward+backward share the rounds."""
+def op_rows(
+    op_case: OpCase,
+    options: Options,
+    budget: Budget,
+    seconds: float,
+    meter: limits.LimitMeter | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+) -> list[Row]:
+    """Check, then time, every contender on one case; forward and forward+backward share the rounds.
+
+    With a meter, and what it has `measured` so far, so are the limits that bind a large case.
+    """
     spec, case, dtype, device = op_case.spec, op_case.case, op_case.dtype, options.device
     problem = proof.pose(spec, case, dtype, device)
     inputs = problem.inputs
@@ -184,24 +200,31 @@ def op_rows(op_case: OpCase, options: Options, budget: Budget, seconds: float) -
             steps[name, pass_] = step
             step(0)
             peaks[name, pass_] = buffers.peak_bytes(partial(step, 0), device)
-    labels = {f"{name} {pass_}": (name, pass_) for name, pass_ in steps}
-    measured = measure(
-        {label: steps[key] for label, key in labels.items()}, device, sets=sets, seconds=seconds
-    )
-    timings = {labels[label]: timing for label, timing in measured.items()}
-
-    backend = dispatch.choose(spec, spec.prepare(**inputs))
     cost = spec.cost(case, dtype)
     work = {
         "fwd": (cost.fwd_bytes, cost.fwd_flops),
         "fwd+bwd": (cost.fwd_bytes + cost.bwd_bytes, cost.fwd_flops + cost.bwd_flops),
         "bwd": (cost.bwd_bytes, cost.bwd_flops),
     }
+    limit_steps: dict[str, tuple[Step, float]] = {}
+    if meter is not None and cost.fwd_bytes >= LIMIT_BESIDE:
+        rates = limits.best(measured)
+        binding = (limits.binding(*amount, op_case.dtype_name, rates)[0] for amount in work.values())
+        limit_steps = meter.steps(binding, measured[-1])
+    steps |= {(name, "limit"): step for name, (step, _) in limit_steps.items()}
+    labels = {f"{name} {pass_}": (name, pass_) for name, pass_ in steps}
+    timed = measure({label: steps[key] for label, key in labels.items()}, device, sets=sets, seconds=seconds)
+    timings = {labels[label]: timing for label, timing in timed.items()}
+    beside = {
+        name: amount / timings[name, "limit"].seconds.median for name, (_, amount) in limit_steps.items()
+    }
+
+    backend = dispatch.choose(spec, spec.prepare(**inputs))
     rows = []
     for pass_ in ("fwd", "fwd+bwd", "bwd") if leaves else ("fwd",):
         for name in [*functions, *(name for name in notes if name not in functions)]:
             row = Row(spec.name, case.name, op_case.dtype_name, pass_, name, note=notes.get(name, ""))
-            row.error, (row.moved, row.flops) = errors.get(name), work[pass_]
+            row.error, (row.moved, row.flops), row.limits = errors.get(name), work[pass_], beside
             if name.startswith(FASTGPT):
                 row.backend = backend if name == FASTGPT else name.removeprefix(FASTGPT).strip()
             if name in functions:

@@ -147,6 +147,27 @@ def test_the_cpu_suite_runs_and_is_stored(tmp_path: Path, capsys: pytest.Capture
     assert "of copy" in capsys.readouterr().out
 
 
+def test_a_large_case_is_measured_against_the_limit_of_its_own_rounds() -> None:
+    calls: list[int] = []
+    meter = mock.Mock(spec=limits.LimitMeter)
+    meter.steps.side_effect = lambda names, measured: dict.fromkeys(names, (calls.append, 1e6))
+    measured = [{name: {"rate": 1e9 if name == "copy" else 1e12, "way": "w"} for name in limits.NAMES}]
+    options = suites.Options(CPU, compiled=False)
+    case = suites.OpCase(registry.get("softmax"), Case((4, 64)), "fp32")
+    for least, beside in ((1, {"copy"}), (10**9, set())):
+        with mock.patch.object(suites, "LIMIT_BESIDE", least):
+            rows = suites.op_rows(case, options, suites.Budget(60.0), 0.01, meter, measured)
+        assert {*rows[0].limits} == beside
+        assert bool(calls) == bool(beside)
+        calls.clear()
+    row = next(row for row in rows if row.seconds is not None)
+    run_wide = {**dict.fromkeys(limits.NAMES, 1e12), "copy": 1e9}
+    row.limits = {"copy": 4e9}
+    own = report.fraction(row, run_wide)
+    row.limits = {}
+    assert own[0] == pytest.approx(report.fraction(row, run_wide)[0] / 4)
+
+
 def test_a_case_checked_in_pieces_is_judged_as_the_whole() -> None:
     spec, case = registry.get("layer_norm"), Case((50, 96), {"residual": True})
     whole = proof.pose(spec, case, torch.bfloat16, CPU)

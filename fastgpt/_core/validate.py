@@ -78,6 +78,8 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 def number(name: str, value: Any) -> float:
     """`value` as a float."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     return float(value)
@@ -103,6 +105,8 @@ def mask(name: str, value: Any, other_name: str, other: Tensor, scores: Sequence
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype where it is on; fp64 stays, as in PyTorch's own attention and products."""
+    if not torch._C._is_any_autocast_enabled():  # half a microsecond less than with the device's name
+        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or any(t.dtype == torch.float64 for t in tensors):
         return tensors

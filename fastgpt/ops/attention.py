@@ -181,13 +181,10 @@ def _prepare(
             raise ValueError(f"{name}: expected [B, H, T, D], got shape {tuple(tensor.shape)}")
     q, k, v = validate.autocast(q, k, v)
     batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
+    _, kv_heads, keys, _ = k.shape
     validate.grouped_heads(heads, kv_heads)
-    validate.shape("k", k, (batch, kv_heads, keys, width))
-    validate.shape("v", v, (batch, kv_heads, keys, v.shape[-1]))
-    for name, tensor in (("k", k), ("v", v)):
-        validate.dtype(name, tensor, (q.dtype,), f"q is {q.dtype}")
-        validate.same_device(name, tensor, "q", q)
+    validate.beside("k", k, (batch, kv_heads, keys, width), (q.dtype,), "q", q)
+    validate.beside("v", v, (batch, kv_heads, keys, v.shape[-1]), (q.dtype,), "q", q)
     options = prepare_options(
         q, (batch, heads, queries, keys), causal=causal, scale=scale, mask=mask, alibi_slopes=alibi_slopes,
         window=window, softcap=softcap, kv_lengths=kv_lengths, dropout_p=dropout_p, rng=rng,
@@ -223,7 +220,8 @@ def prepare_options(
     softcap = validate.number("softcap", softcap)
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
-    _check_window(window)
+    if window is not None:
+        _check_window(window)
     dropout_p, rng = validate.dropout(q, "q", dropout_p, rng)
     left, right = reference.band(window, bool(causal))
     return mask, alibi_slopes, kv_lengths, *cu_seqlens, rng, scale, left, right, softcap, dropout_p

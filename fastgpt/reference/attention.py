@@ -88,8 +88,8 @@ def attention(
 def band(window: Window, causal: bool) -> tuple[int, int]:
     """(left, right): how far before and behind its own position a query may look; -1: no limit."""
     if window is None:
-        window = (None, None)
-    elif isinstance(window, int):
+        return -1, 0 if causal else -1
+    if isinstance(window, int):
         window = (window - 1, window - 1)
     left, right = (-1 if side is None else side for side in window)
     return left, 0 if causal else right

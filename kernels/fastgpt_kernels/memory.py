@@ -32,6 +32,15 @@ def empty_like(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def heads_inside(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised [B, H, T, D] over [B, T, H, D] storage, with the dtype and device of `like`."""
+    batch, heads, rows, width = shape
+    if _wrapper is not None:
+        return _wrapper((batch, rows, heads, width), like.dtype, like.device).transpose(1, 2)
+    stride = (rows * heads * width, width, heads * width, 1)
+    return torch.empty_strided((batch, heads, rows, width), stride, dtype=like.dtype, device=like.device)
+
+
 @contextmanager
 def allocate_with(allocator: Allocator) -> Iterator[None]:
     """Within the block every kernel output comes from `allocator` (for the harness; not thread-safe)."""

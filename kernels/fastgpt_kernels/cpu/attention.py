@@ -38,10 +38,10 @@ def attention_fwd(
     """(out [B, H, Tq, Dv] over [B, Tq, H, Dv] storage, lse [B, H, Tq] fp32); lse costs nothing here."""
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     batch, heads, rows, _ = q.shape
-    out = memory.empty((batch, rows, heads, v.shape[3]), q.dtype, q.device)
+    out = memory.heads_inside((batch, heads, rows, v.shape[3]), q)
     lse = memory.empty((batch, heads, rows), torch.float32, q.device)
     if lse.numel() == 0:
-        return out.transpose(1, 2), lse
+        return out, lse
     call, alive = _describe(
         q, k, v, mask, alibi_slopes, kv_lengths, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q, max_seqlen_k,
         dropout_p,
@@ -52,7 +52,7 @@ def attention_fwd(
         min(window_right, _FAR), threshold, keep_scale, DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
     )  # fmt: skip
     del alive
-    return out.transpose(1, 2), lse
+    return out, lse
 
 
 def attention_bwd(
@@ -70,10 +70,7 @@ def attention_bwd(
         grads = dqkv.view(batch, rows, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         dqkv = None
-        grads = tuple(
-            memory.empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype, x.device).transpose(1, 2)
-            for x in (q, k, v)
-        )
+        grads = tuple(memory.heads_inside(x.shape, x) for x in (q, k, v))
     dmask: Tensor | None = None
     dmask_shape: tuple[int, ...] = (1, 1, 1, 1)
     if need_dmask and mask is not None:
