@@ -279,15 +279,4 @@ inline void with_arithmetic(int dtype, [[maybe_unused]] bool pairs, const Body& 
   });
 }
 
-#if FG_BF16_PAIRS
-// Two vectors as pairs: the first in the low halves.
-FG_INLINE F pair_up(F low, F high) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
-  return {bit_cast<__m512>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both))};
-}
-#endif
-
 }  // namespace fg::FG_LEVEL

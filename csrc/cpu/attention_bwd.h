@@ -64,7 +64,7 @@ inline void differentiate(const Call& call, const Head& head, const Panel& panel
         if (j % 2 == 0) {
           held = ds;
         } else {
-          store(ds_columns + j / 2 * panel.lanes + u * W, pair_up(held, ds), Full{});
+          _mm512_storeu_si512(ds_columns + j / 2 * panel.lanes + u * W, pair_up(held, ds));
         }
         continue;
       }

@@ -59,7 +59,7 @@ inline void weigh(const Call& call, const Head& head, const Panel& panel, int64_
       }
 #if FG_BF16_PAIRS
       if constexpr (Kind::kEach == 2) {
-        store(weights + j / 2 * panel.lanes + u * W, pair_up(p0, p1), Full{});
+        _mm512_storeu_si512(weights + j / 2 * panel.lanes + u * W, pair_up(p0, p1));
         continue;
       }
 #endif

@@ -10,6 +10,7 @@
 #include "export.h"
 #include "math.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace fg::FG_LEVEL {
 namespace {
@@ -39,12 +40,16 @@ struct Problem {
 // exp_nonpositive by one step less, which bf16 rows are bound by: relative error (3 + |t|) 2^-24, where the
 // bound has at least 16. Right for t <= 60; above, some levels give nonsense, which row_sums throws away.
 FG_INLINE F exp_short(F t) {
+#if defined(FG_LOOKUP)
+  return exp_nonpositive(t);
+#else
   const F w = t * set(1.44269504f), f = fraction(w);
   F q = fma(set(0.00186713005f), f, set(0.00901703071f));  // 2^f = 1 + f q(f) on [0, 1], relative error 8e-8
   q = fma(q, f, set(0.0557999127f));
   q = fma(q, f, set(0.240164444f));
   q = fma(q, f, set(0.693151295f));
   return scale_floor(fma(q, f, set(1.0f)), w);
+#endif
 }
 
 // exp of one number <= 0 by the vector's formula.
@@ -60,16 +65,18 @@ struct Sums {
 
 template <bool kSmooth, class T>
 FG_INLINE Sums block_sums(const T* x, int64_t n, float shift) {
-  const F minus = set(shift == -kInf ? 0.0f : shift);  // -inf less 0 adds nothing, NaN makes the sum NaN
+  const F minus = set(shift == -kInf ? 0.0f : -shift);  // -inf less 0 adds nothing, NaN makes the sum NaN
   F best[4] = {set(-kInf), set(-kInf), set(-kInf), set(-kInf)};
   F exps[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
   F logits[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
-  for_lanes<4>(n, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+  // A multiply-add where an addition would do: additions are what this loop has most of.
+  const auto exponential = [&](F value) FG_LAMBDA { return exp_short(fma(value, set(1.0f), minus)); };
+  for_lanes<4, kTwice<T>>(n, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
     prefetch(x + j + kAhead);
-    const F value = load(x + j, lanes);
-    best[u] = vmax(keep(value, lanes, set(-kInf)), best[u]);
-    exps[u] = exps[u] + keep(exp_short(value - minus), lanes, set(0.0f));
-    if constexpr (kSmooth) logits[u] = logits[u] + keep(value, lanes, set(0.0f));
+    const auto value = load(x + j, lanes);
+    best[u] = raise(best[u], keep(value, lanes, set(-kInf)));
+    exps[u] = add(exps[u], keep(each(exponential, value), lanes, set(0.0f)));
+    if constexpr (kSmooth) logits[u] = add(logits[u], keep(value, lanes, set(0.0f)));
   });
   return {hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3]))),
           hsum((exps[0] + exps[1]) + (exps[2] + exps[3])),
@@ -117,7 +124,8 @@ FG_INLINE float row_loss(const Problem& a, const T* x, int64_t row, float& lse) 
 }
 
 template <class T>
-FG_INLINE void row_gradient(const Problem& a, const T* x, int64_t row, float lse, float g, T* dx) {
+FG_INLINE void row_gradient(const Problem& a, const T* x, int64_t row, float lse, float g, T* dx,
+                            bool streaming) {
   const int64_t target = a.targets[row];
   if (target == a.ignore_index) {
     std::memset(static_cast<void*>(dx), 0, static_cast<uint64_t>(a.cols) * sizeof(T));
@@ -127,9 +135,9 @@ FG_INLINE void row_gradient(const Problem& a, const T* x, int64_t row, float lse
   const float spread = a.smoothing / static_cast<float>(max_of(1, a.cols));
   const F minus = set(spread), shift = set(lse), scale = set(g);
   const auto gradient = [&](F value) FG_LAMBDA { return (exp_short(value - shift) - minus) * scale; };
-  for_lanes<4>(a.cols, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+  for_lanes_out<4, kTwice<T>>(dx, a.cols, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     prefetch(x + j + kAhead);
-    store(dx + j, gradient(load(x + j, lanes)), lanes);
+    put(dx + j, each(gradient, load(x + j, lanes)), lanes);
   });
   if (a.is_class(target)) {
     const F p = exp_short(set(load_scalar(x + target)) - shift) - minus;
@@ -181,10 +189,11 @@ void cross_entropy_bwd(const float* dloss, const void* logits, const int64_t* ta
     using T = typename decltype(type)::type;
     parallel_chunks(
         rows, rows_per_chunk(rows, cols), rows * cols, num_threads, [&](int64_t begin, int64_t end) {
+          const Streaming streaming(rows * cols * static_cast<int64_t>(sizeof(T)));
           for (int64_t i = begin; i < end; ++i) {
             const float g = reduction == kNone ? dloss[i] : reduction == kMean ? *dloss / *count : *dloss;
             row_gradient(a, static_cast<const T*>(logits) + i * stride, i, lse[i], g,
-                         static_cast<T*>(dlogits) + i * cols);
+                         static_cast<T*>(dlogits) + i * cols, streaming.on);
           }
         });
   });

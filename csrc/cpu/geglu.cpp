@@ -12,14 +12,15 @@ namespace {
 
 enum Activation : int { kGelu = kErf, kGeluTanh = kTanh, kSilu = 2 };
 
+template <class V>
 struct Unit {
-  F value, slope;  // act(z), its derivative
+  V value, slope;  // act(z), its derivative
 };
 
 // silu(z) = z * sigmoid(z). As in math.h the smaller of sigmoid(z) and 1 - sigmoid(z), `tail`, is found
 // directly: the negative tail stays relatively accurate. exp(-110) is 0, so that huge z stay finite; -inf
 // gives NaN as in PyTorch (-inf * 0).
-FG_INLINE Unit silu(F z) {
+FG_INLINE Unit<F> silu(F z) {
   const F minus_a = negative_limited(z, 110.0f);
   const F e = exp_nonpositive(minus_a);
   const F tail = e * reciprocal(e + set(1.0f));
@@ -31,20 +32,28 @@ template <class T, int A>
 FG_INLINE F activate(F z) {
   if constexpr (A == kSilu) {
     return silu(z).value;
-  } else if constexpr (A == kErf && sizeof(T) == 2) {
-    return gelu_erf_16bit(z);
+  } else if constexpr (sizeof(T) == 2) {
+    return gelu_16bit<A>(z);
   } else {
     return gelu<A>(z);
   }
 }
 
-template <int A>
-FG_INLINE Unit activate_with_slope(F z) {
+template <class T, int A>
+FG_INLINE Unit<F> activate_with_slope(F z) {
   if constexpr (A == kSilu) {
     return silu(z);
+  } else if constexpr (sizeof(T) == 2) {
+    return {gelu_16bit<A>(z), gelu_slope_16bit<A>(z)};
   } else {
     return {gelu<A>(z), gelu_slope<A>(z)};  // their exponential and tail are the same: computed once
   }
+}
+
+template <class T, int A>
+FG_INLINE Unit<F2> activate_with_slope(F2 z) {
+  const Unit<F> even = activate_with_slope<T, A>(z.even), odd = activate_with_slope<T, A>(z.odd);
+  return {{even.value, odd.value}, {even.slope, odd.slope}};
 }
 
 // One row of an input, and how far ahead of it to prefetch: where the hardware's own prefetching stops, at a
@@ -59,8 +68,9 @@ struct Row {
         ahead(n >= 4 * kAhead ? kAhead : ceil_div(kAhead, n) * stride) {}
 
   template <class Lanes>
-  FG_INLINE F load_ahead(int64_t j, int u, Lanes lanes) const {
-    if (u * W * sizeof(T) % 64 == 0) prefetch(at + j + ahead);  // once for each cache line of a group
+  FG_INLINE auto load_ahead(int64_t j, int u, Lanes lanes) const {
+    // Once for each cache line of a group.
+    if (__is_base_of(Twice, Lanes) || u * W * sizeof(T) % 64 == 0) prefetch(at + j + ahead);
     return load(at + j, lanes);
   }
 
@@ -70,8 +80,9 @@ struct Row {
 
 template <class T, int A>
 void forward_range(Row<T> gate, Row<T> up, T* y, int64_t count, bool streaming) {
-  for_lanes_out<2>(y, count, streaming, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
-    put(y + j, activate<T, A>(gate.load_ahead(j, u, lanes)) * up.load_ahead(j, u, lanes), lanes);
+  const auto unit = [](F gate, F up) FG_LAMBDA { return activate<T, A>(gate) * up; };
+  for_lanes_out<2, kTwice<T>>(y, count, streaming, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+    put(y + j, each(unit, gate.load_ahead(j, u, lanes), up.load_ahead(j, u, lanes)), lanes);
   });
 }
 
@@ -79,14 +90,16 @@ void forward_range(Row<T> gate, Row<T> up, T* y, int64_t count, bool streaming) 
 template <class T, int A>
 void backward_range(Row<T> dy, Row<T> gate, Row<T> up, T* dgate, T* dup, int64_t count, bool streaming) {
   const uintptr_t apart = reinterpret_cast<uintptr_t>(dgate) - reinterpret_cast<uintptr_t>(dup);
-  const bool alike = dgate == nullptr || dup == nullptr || apart % (W * sizeof(T)) == 0;
-  for_lanes_out<2>(dgate != nullptr ? dgate : dup, count, streaming && alike,
-                   [&](int64_t j, int u, auto lanes) FG_LAMBDA {
-                     const Unit unit = activate_with_slope<A>(gate.load_ahead(j, u, lanes));
-                     const F d = dy.load_ahead(j, u, lanes);
-                     if (dgate != nullptr) put(dgate + j, d * up.load_ahead(j, u, lanes) * unit.slope, lanes);
-                     if (dup != nullptr) put(dup + j, d * unit.value, lanes);
-                   });
+  const bool alike = dgate == nullptr || dup == nullptr || apart % 64 == 0;
+  for_lanes_out<2, kTwice<T>>(dgate != nullptr ? dgate : dup, count, streaming && alike,
+                              [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+                                const auto unit = activate_with_slope<T, A>(gate.load_ahead(j, u, lanes));
+                                const auto d = dy.load_ahead(j, u, lanes);
+                                if (dgate != nullptr) {
+                                  put(dgate + j, d * up.load_ahead(j, u, lanes) * unit.slope, lanes);
+                                }
+                                if (dup != nullptr) put(dup + j, d * unit.value, lanes);
+                              });
 }
 
 template <class Body>

@@ -12,25 +12,30 @@ namespace {
 
 template <class T, int A>
 FG_INLINE F activation(F z) {
-  if constexpr (sizeof(T) == 2 && A == kErf) return gelu_erf_16bit(z);
+  if constexpr (sizeof(T) == 2) return gelu_16bit<A>(z);
   return gelu<A>(z);
+}
+
+template <class T, int A>
+FG_INLINE F slope(F z) {
+  if constexpr (sizeof(T) == 2) return gelu_slope_16bit<A>(z);
+  return gelu_slope<A>(z);
 }
 
 constexpr int kAhead = 1024;  // elements to prefetch: a page or half, where the hardware's prefetching stops
 
 template <class T, int A>
 void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streaming) {
+  const auto activate = [](F z) FG_LAMBDA { return activation<T, A>(z); };
   if (bias == nullptr) {
-    for_lanes_out<2>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    for_lanes_out<2, kTwice<T>>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       prefetch(x + j + kAhead);
-      const F z = load(x + j, lanes);
-      put(y + j, activation<T, A>(z), lanes);
+      put(y + j, each(activate, load(x + j, lanes)), lanes);
     });
   } else {
-    for_lanes_out<2>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    for_lanes_out<2, kTwice<T>>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       prefetch(x + j + kAhead);
-      const F z = load(x + j, lanes) + load(bias + j, lanes);
-      put(y + j, activation<T, A>(z), lanes);
+      put(y + j, each(activate, load(x + j, lanes) + load(bias + j, lanes)), lanes);
     });
   }
 }
@@ -39,13 +44,15 @@ void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streamin
 template <class T, int A, bool HasBias, bool NeedBias>
 void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count,
                     bool streaming) {
-  for_lanes_out<2>(dx, count, streaming && dx != nullptr, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-    F z = load(x + j, lanes);
-    if constexpr (HasBias) z = z + load(bias + j, lanes);
-    const F d = load(dy + j, lanes) * gelu_slope<A>(z);
-    if (dx != nullptr) put(dx + j, d, lanes);
-    if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
-  });
+  const auto gradient = [](F dy, F z) FG_LAMBDA { return dy * slope<T, A>(z); };
+  for_lanes_out<2, kTwice<T>>(dx, count, streaming && dx != nullptr,
+                              [&](int64_t j, int, auto lanes) FG_LAMBDA {
+                                auto z = load(x + j, lanes);
+                                if constexpr (HasBias) z = z + load(bias + j, lanes);
+                                const auto d = each(gradient, load(dy + j, lanes), z);
+                                if (dx != nullptr) put(dx + j, d, lanes);
+                                if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
+                              });
 }
 
 template <class Body>

@@ -43,6 +43,14 @@ struct Problem {
     return queries == 0 ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
   }
 
+  // Only where nothing but x meets the scores; and where streaming goes by cache lines, rows must begin with
+  // one.
+  template <class T>
+  bool takes_twice(const T* y, int mask_kind) const {
+    const bool aligned = reinterpret_cast<uintptr_t>(y) % 64 == 0 && cols * sizeof(T) % 64 == 0;
+    return mask_kind == kNoMask && !dropping && (aligned || streamed_bytes<T>() < Streaming::kLeastBytes);
+  }
+
   int64_t visible(int64_t row) const {
     if (queries == 0) return cols;
     return min_of(cols, max_of(0, row % queries + 1 + cols - queries));
@@ -52,11 +60,11 @@ struct Problem {
 constexpr float kInf = __builtin_inff();
 
 // max of s(j, lanes) over [0, n), stepping over NaN; -inf for none.
-template <class Score>
+template <bool Two = false, class Score>
 FG_INLINE float max_lanes(int64_t n, const Score& score) {
   F best[4] = {set(-kInf), set(-kInf), set(-kInf), set(-kInf)};
-  for_lanes<4>(n, [&](int64_t j, int u, auto lanes)
-                      FG_LAMBDA { best[u] = vmax(keep(score(j, lanes), lanes, set(-kInf)), best[u]); });
+  for_lanes<4, Two>(n, [&](int64_t j, int u, auto lanes)
+                           FG_LAMBDA { best[u] = raise(best[u], keep(score(j, lanes), lanes, set(-kInf))); });
   return hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
 }
 
@@ -69,14 +77,15 @@ struct Ahead {
 };
 
 // e = exp(score - top) for `n` columns, and its sum. A NaN anywhere, or top infinite, makes the sum NaN.
-template <class X, class T>
+template <bool Two, class X, class T>
 FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n, Ahead<T> ahead) {
   const F minus_top = set(-top);
-  return sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+  return sum_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA {
     prefetch(ahead.next + j);
     prefetch(ahead.y + j);
-    const F value = exp_nonpositive(fma(load(x + j, lanes), scale, minus_top));
-    store(e + j, value, lanes);
+    const auto value =
+        each([&](F s) FG_LAMBDA { return exp_nonpositive(fma(s, scale, minus_top)); }, load(x + j, lanes));
+    store_scratch(e + j, value, lanes);
     return keep(value, lanes, set(0.0f));
   });
 }
@@ -87,13 +96,13 @@ void fill_zero(T* y, int64_t begin, int64_t end) {
     std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(end - begin) * sizeof(T));
 }
 
-template <class T>
+template <bool Two, class T>
 void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int64_t row, int64_t n,
                bool streaming) {
   const F by = set(inverse);
   if (!a.dropping) {
-    for_lanes_out<2>(y, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-      put(y + j, load(e + j, lanes) * by, lanes);
+    for_lanes_out<2, Two>(y, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      put(y + j, load_scratch(e + j, lanes) * by, lanes);
     });
   } else {
     for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
@@ -139,7 +148,7 @@ bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int
     return s;
   });
   if (!any(seen)) return false;
-  sum = exponentials(e, set(1.0f), top, e, n, ahead);
+  sum = exponentials<false>(e, set(1.0f), top, e, n, ahead);
   if (!(sum > 0.0f)) {  // NaN: the visible part of the row shows it, the excluded part stays zero
     for (int64_t j = 0; j < n; ++j) e[j] = mask[j] != 0 ? __builtin_nanf("") : 0.0f;
     sum = 1.0f;
@@ -148,23 +157,25 @@ bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int
 }
 
 // One row under an additive mask (fp32), which may be null.
-template <class T>
+template <bool Two, class T>
 float added_row(const Problem& a, const T* x, const float* mask, float* e, int64_t n, Ahead<T> ahead) {
   const F scale = set(a.scale);
   if (mask == nullptr) {
     const float top =
-        max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
-    return exponentials(x, scale, top, e, n, ahead);
+        max_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
+    return exponentials<Two>(x, scale, top, e, n, ahead);
   }
   const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
     const F s = fma(load(x + j, lanes), scale, load(mask + j, lanes));
     store(e + j, s, lanes);
     return s;
   });
-  return exponentials(e, set(1.0f), top, e, n, ahead);
+  return exponentials<false>(e, set(1.0f), top, e, n, ahead);
 }
 
-template <class T, class MaskType>
+// Two: whether scores are taken Twice from x to y; e is then in the vectors' order, not in that of the
+// columns.
+template <bool Two, class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
   const Streaming streaming(a.streamed_bytes<T>());
@@ -183,11 +194,11 @@ void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const Mask
       } else {
         const float* row = nullptr;
         if (kind != kNoMask) row = mask_row(mask + mask_rows.offset(i), column_stride, mask_copy.data, n);
-        sum = added_row(a, x + at, row, e.data, n, ahead);
+        sum = added_row<Two>(a, x + at, row, e.data, n, ahead);
       }
     }
     const int64_t written = seen ? n : 0;
-    if (seen) write_row(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
+    if (seen) write_row<Two>(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
     fill_zero(y_row, written, a.cols);
     if (p != nullptr) fill_zero(p_row, written, a.cols);
   }
@@ -208,22 +219,23 @@ void backward_row(const Problem& a, const T* dy, const T* p, T* dx, float* dmask
       return keep(dropped * load(p + at + j, lanes), lanes, set(0.0f));
     });
   } else {
-    inner = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+    inner = sum_lanes<kTwice<T>>(n, [&](int64_t j, auto lanes) FG_LAMBDA {
       prefetch(written + j);
       return keep(load(dy + at + j, lanes) * load(p + at + j, lanes), lanes, set(0.0f));
     });
   }
   const F center = set(inner), scale = set(a.scale);
   const auto write = [&](const auto* gradient) FG_LAMBDA {
-    for_lanes_out<2>(dx + (dx != nullptr ? at : 0), n, streaming && dx != nullptr,
-                     [&](int64_t j, int, auto lanes) FG_LAMBDA {
-                       const F ds = load(p + at + j, lanes) * (load(gradient + j, lanes) - center);
-                       prefetch(dy + at + a.cols + j);
-                       prefetch(p + at + a.cols + j);
-                       if (dx != nullptr) put(dx + at + j, ds * scale, lanes);
-                       if (dmask != nullptr && !one_column)
-                         store(dmask + j, load(dmask + j, lanes) + ds, lanes);
-                     });
+    for_lanes_out<2, kTwice<T>>(dx + (dx != nullptr ? at : 0), n, streaming && dx != nullptr,
+                                [&](int64_t j, int, auto lanes) FG_LAMBDA {
+                                  const auto ds =
+                                      load(p + at + j, lanes) * (load(gradient + j, lanes) - center);
+                                  prefetch(dy + at + a.cols + j);
+                                  prefetch(p + at + a.cols + j);
+                                  if (dx != nullptr) put(dx + at + j, ds * scale, lanes);
+                                  if (dmask != nullptr && !one_column)
+                                    store(dmask + j, load(dmask + j, lanes) + ds, lanes);
+                                });
     if (dmask != nullptr && one_column) {
       *dmask += sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
         return keep(load(p + at + j, lanes) * (load(gradient + j, lanes) - center), lanes, set(0.0f));
@@ -328,8 +340,17 @@ void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, in
     const auto run = [&](auto* typed_mask) {
       parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
-                        forward_rows(a, static_cast<const T*>(x), static_cast<T*>(y), static_cast<T*>(p),
-                                     mask_kind, typed_mask, mask_rows, column_stride, begin, end);
+                        const T* from = static_cast<const T*>(x);
+                        T *to = static_cast<T*>(y), *kept = static_cast<T*>(p);
+                        const auto rows_of = [&](auto two) FG_LAMBDA {
+                          forward_rows<decltype(two)::value>(a, from, to, kept, mask_kind, typed_mask,
+                                                             mask_rows, column_stride, begin, end);
+                        };
+                        if (kTwice<T> && a.takes_twice(to, mask_kind)) {
+                          rows_of(Constant<kTwice<T>>{});
+                        } else {
+                          rows_of(Constant<false>{});
+                        }
                       });
     };
     if (mask_kind == kBoolMask) {

@@ -21,6 +21,12 @@ struct Full {};
 struct Part {
   int n;  // 1 <= n < W
 };
+struct Twice {};  // 2 W numbers of 16 bits: see twice.h
+
+template <class V>
+struct Halves {
+  V even, odd;
+};
 
 // --- scalars: the generic level's conversions, and columns that do not lie side by side ---
 
@@ -84,6 +90,7 @@ FG_INLINE void store_scalar(T* p, float value) {
 #else
 #include "vec_generic.h"
 #endif
+#include "twice.h"
 
 namespace fg::FG_LEVEL {
 
@@ -100,11 +107,17 @@ FG_INLINE F keep(F x, Full, F) { return x; }
 FG_INLINE F keep(F x, Part part, F fill) { return select(first_lanes(part.n), x, fill); }
 
 // body(j, u, lanes) over [0, n): vectors in groups of U (u = 0 … U-1 picks an accumulator), then single ones,
-// then one tail.
-template <int U, class Body>
+// then one tail. Two: bf16 that is to be taken Twice (kTwice), in the same groups.
+template <int U, bool Two = false, class Body>
 FG_INLINE void for_lanes(int64_t n, const Body& body) {
   int64_t j = 0;
-  if constexpr (U > 1) {
+  if constexpr (Two) {
+    for (; j + 2 * U * W <= n; j += 2 * U * W) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) body(j + 2 * u * W, u, Twice{});
+    }
+    for (; j + 2 * W <= n; j += 2 * W) body(j, 0, Twice{});
+  } else if constexpr (U > 1) {
     for (; j + U * W <= n; j += U * W) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) body(j + u * W, u, Full{});
@@ -118,14 +131,14 @@ FG_INLINE void for_lanes(int64_t n, const Body& body) {
 // sums short: each of the partial sums is of at most kSegment / (4 W) terms.
 constexpr int64_t kSegment = 8192;
 
-template <class Term>
+template <bool Two = false, class Term>
 FG_INLINE float sum_lanes(int64_t n, const Term& term) {
   float total = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kSegment) {
     const int64_t count = n - begin < kSegment ? n - begin : kSegment;
     F acc[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
-    for_lanes<4>(count,
-                 [&](int64_t j, int u, auto lanes) FG_LAMBDA { acc[u] = acc[u] + term(begin + j, lanes); });
+    for_lanes<4, Two>(
+        count, [&](int64_t j, int u, auto lanes) FG_LAMBDA { acc[u] = add(acc[u], term(begin + j, lanes)); });
     total += hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
   }
   return total;

@@ -18,7 +18,8 @@ FG_INLINE F set(float x) { return {_mm256_set1_ps(x)}; }
 FG_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 FG_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 FG_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
-FG_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+FG_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+FG_INLINE F fms(F a, F b, F c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 FG_INLINE F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 FG_INLINE F vmin(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 FG_INLINE F vmax(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }

@@ -22,6 +22,7 @@ FG_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 FG_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FG_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FG_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+FG_INLINE F fms(F a, F b, F c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }    // a * b - c
 FG_INLINE F fnma(F a, F b, F c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 FG_INLINE F vmin(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 FG_INLINE F vmax(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -46,6 +47,13 @@ FG_INLINE F scale_floor(F a, F w) { return {_mm512_scalef_ps(a.v, w.v)}; }
 FG_INLINE F reciprocal(F a) {
   const F start{_mm512_rcp14_ps(a.v)};
   return fma(start, fnma(a, start, set(1.0f)), start);
+}
+
+// The entries of a table of 32, aligned, that the lowest five bits of each lane say.
+#define FG_LOOKUP 1
+FG_INLINE F lookup(const float* table, F index) {
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(index.v),
+                                 _mm512_load_ps(table + 16))};
 }
 
 FG_INLINE F load(const float* p, Full) { return {_mm512_loadu_ps(p)}; }
@@ -73,9 +81,9 @@ FG_INLINE __m256i narrow_bf16_integer(F a) {
   rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+constexpr int kSubnormal = 0x20;  // vcvtneps2bf16 reads those as zero: they are left to integer rounding
 FG_INLINE __m256i narrow_bf16(F a) {
 #ifdef __AVX512BF16__
-  constexpr int kSubnormal = 0x20;  // vcvtneps2bf16 reads subnormals as zero: leave those to integer rounding
   if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kSubnormal) == 0, 1)) {
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
   }
@@ -84,8 +92,14 @@ FG_INLINE __m256i narrow_bf16(F a) {
 }
 
 template <class Lanes>
-FG_INLINE F load(const bf16* p, Lanes lanes) {
-  return widen_bf16(load16(p, lanes));
+FG_INLINE auto load(const bf16* p, Lanes lanes) {
+  if constexpr (__is_base_of(Twice, Lanes)) {
+    const __m512i both = _mm512_loadu_si512(p);
+    return Halves<F>{{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))},
+                     {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)))}};
+  } else {
+    return widen_bf16(load16(p, lanes));
+  }
 }
 template <class Lanes>
 FG_INLINE F load(const f16* p, Lanes lanes) {
@@ -98,6 +112,46 @@ FG_INLINE void store(bf16* p, F a, Lanes lanes) {
 template <class Lanes>
 FG_INLINE void store(f16* p, F a, Lanes lanes) {
   store16(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
+}
+
+#define FG_TWICE 1
+#if defined(__AVX512BF16__)
+// Subnormals become zero.
+FG_INLINE __m512i pair_up(F even, F odd) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+#endif
+
+FG_INLINE __m512i narrow_bf16(Halves<F> a) {
+#if defined(__AVX512BF16__)
+  const __mmask16 even = _mm512_fpclass_ps_mask(a.even.v, kSubnormal);
+  const __mmask16 odd = _mm512_fpclass_ps_mask(a.odd.v, kSubnormal);
+  if (__builtin_expect(_kortestz_mask16_u8(even, odd), 1)) return pair_up(a.even, a.odd);
+#endif
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow_bf16_integer(a.even)),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_bf16_integer(a.odd)), 16));
+}
+FG_INLINE void store(bf16* p, Halves<F> a, Twice) { _mm512_storeu_si512(p, narrow_bf16(a)); }
+
+// fp32 beside it: two permutations, so that what is used once for many rows should be there as bf16 as well.
+FG_INLINE __m512i counted(int first, int step_even, int step_odd) {
+  alignas(64) int lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = first + i / 2 * step_even + (i % 2) * step_odd;
+  return _mm512_load_si512(lanes);
+}
+FG_INLINE Halves<F> load(const float* p, Twice) {
+  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + W);
+  const __m512i even = counted(0, 4, 2), odd = counted(1, 4, 2);  // 0, 2, 4, … and 1, 3, 5, …
+  return {{_mm512_permutex2var_ps(a, even, b)}, {_mm512_permutex2var_ps(a, odd, b)}};
+}
+FG_INLINE void store(float* p, Halves<F> a, Twice) {
+  const __m512i low = counted(0, 1, W), high = counted(W / 2, 1, W);  // 0, 16, 1, 17, … and 8, 24, …
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(a.even.v, low, a.odd.v));
+  _mm512_storeu_ps(p + W, _mm512_permutex2var_ps(a.even.v, high, a.odd.v));
 }
 
 // Bytes of a boolean tensor: true where not zero, false in lanes beyond a part.

@@ -23,6 +23,7 @@ FG_INLINE F operator*(F a, F b) { return {a.v * b.v}; }
 FG_INLINE F fma(F a, F b, F c) {
   return {a.v * b.v + c.v};
 }  // rounds twice: nothing here may rely on one rounding
+FG_INLINE F fms(F a, F b, F c) { return {a.v * b.v - c.v}; }
 FG_INLINE F fnma(F a, F b, F c) { return {c.v - a.v * b.v}; }
 FG_INLINE F select(M m, F a, F b) {
   return {bit_cast<F4>((m.v & bit_cast<I4>(a.v)) | (~m.v & bit_cast<I4>(b.v)))};
