@@ -10,11 +10,8 @@
 
 #include "export.h"
 #include "parallel.h"
+#include "stream.h"
 #include "vec.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace fg::FG_LEVEL {
 namespace {
@@ -55,7 +52,8 @@ const T* row_of(const void* table, int64_t index, int64_t rows, int64_t stride) 
 
 template <class T>
 void forward_rows(const Forward& a, int64_t begin, int64_t end) {
-  const uint64_t bytes = static_cast<uint64_t>(a.n) * sizeof(T);
+  const int64_t bytes = a.n * static_cast<int64_t>(sizeof(T));
+  const Streaming streaming(a.count * bytes);
   const T* row = row_of<T>(a.token_weight, a.tokens[begin], a.token_rows, a.token_stride);
   for (int64_t i = begin; i < end; ++i) {
     T* out = static_cast<T*>(a.out) + i * a.n;
@@ -70,12 +68,16 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
       for_lanes<1>(
           a.n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(out + j, set(__builtin_nanf("")), lanes); });
     } else if (a.position_weight == nullptr) {
-      for (int64_t j = 0; j < a.n; j += 64 / static_cast<int64_t>(sizeof(T))) prefetch(next + j);
-      std::memcpy(out, row, bytes);
+      if (streaming.on) {
+        stream_copy(out, row, bytes, next);
+      } else {
+        for (int64_t j = 0; j < a.n; j += 64 / static_cast<int64_t>(sizeof(T))) prefetch(next + j);
+        std::memcpy(out, row, static_cast<uint64_t>(bytes));
+      }
     } else {
-      for_lanes<4>(a.n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      for_lanes_out<4, kTwice<T>>(out, a.n, streaming.on, [&](int64_t j, int, auto lanes) FG_LAMBDA {
         prefetch(next + j);
-        store(out + j, load(row + j, lanes) + load(place + j, lanes), lanes);
+        put(out + j, load(row + j, lanes) + load(place + j, lanes), lanes);
       });
     }
     row = next;
@@ -118,18 +120,8 @@ void sort_by_index(const int64_t* index, int64_t count, int64_t rows, int64_t le
 }
 
 void write_zeros(void* to, int64_t bytes) {
-  char* p = static_cast<char*>(to);
-#if defined(__SSE2__)
-  if (bytes >= kStreamedBytes) {
-    const int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) & 63;
-    std::memset(p, 0, static_cast<uint64_t>(head));
-    p += head, bytes -= head;
-    for (; bytes >= 64; p += 64, bytes -= 64)
-      for (int i = 0; i < 64; i += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(p + i), _mm_setzero_si128());
-  }
-#endif
-  std::memset(p, 0, static_cast<uint64_t>(bytes));
+  if (bytes >= kStreamedBytes) return stream_zeros(to, bytes);
+  std::memset(to, 0, static_cast<uint64_t>(bytes));
 }
 
 // out = before + sum of K rows, all of n elements; `before` may be null, or out itself.

@@ -10,6 +10,7 @@
 
 #include "export.h"
 #include "parallel.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace fg::FG_LEVEL {
@@ -34,35 +35,36 @@ FG_INLINE F swap_pairs(F a) {
 }
 
 template <class T>
-void rotate_halves(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
-  for_lanes<2>(half, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-    const F x1 = load(x + j, lanes), x2 = load(x + half + j, lanes);
-    const F c = load(cos + j, lanes), s = load(sin + j, lanes);
-    store(y + j, fnma(x2, s, x1 * c), lanes);
-    store(y + half + j, fma(x1, s, x2 * c), lanes);
+void rotate_halves(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool streaming) {
+  const bool alike = half * static_cast<int64_t>(sizeof(T)) % 64 == 0;  // both halves begin with a cache line
+  for_lanes_out<2, kTwice<T>>(y, half, streaming && alike, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+    const auto x1 = load(x + j, lanes), x2 = load(x + half + j, lanes);
+    const auto c = load(cos + j, lanes), s = load(sin + j, lanes);
+    put(y + j, x1 * c - x2 * s, lanes);
+    put(y + half + j, x1 * s + x2 * c, lanes);
   });
 }
 
 // cos and sin of every feature here, sin with the sign that its product is added with.
 template <class T>
-void rotate_pairs(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
-  for_lanes<2>(2 * half, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+void rotate_pairs(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool streaming) {
+  for_lanes_out<2>(y, 2 * half, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     const F a = load(x + j, lanes);
-    store(y + j, fma(swap_pairs(a), load(sin + j, lanes), a * load(cos + j, lanes)), lanes);
+    put(y + j, fma(swap_pairs(a), load(sin + j, lanes), a * load(cos + j, lanes)), lanes);
   });
 }
 
 template <class T, bool Interleaved>
 void rotate_position(const Side& side, int64_t b, int64_t t, int64_t length, int64_t width, const float* cos,
-                     const float* sin, int64_t half) {
+                     const float* sin, int64_t half, bool streaming) {
   if (side.x == nullptr) return;
   const T* x = static_cast<const T*>(side.x) + b * side.batch_stride + t * side.position_stride;
   T* y = static_cast<T*>(side.y) + (b * length + t) * side.heads * width;
   for (int64_t h = 0; h < side.heads; ++h, x += side.head_stride, y += width) {
     if constexpr (Interleaved) {
-      rotate_pairs(x, y, cos, sin, half);
+      rotate_pairs(x, y, cos, sin, half, streaming);
     } else {
-      rotate_halves(x, y, cos, sin, half);
+      rotate_halves(x, y, cos, sin, half, streaming);
     }
     if (2 * half < width)
       std::memcpy(y + 2 * half, x + 2 * half, static_cast<uint64_t>(width - 2 * half) * sizeof(T));
@@ -98,6 +100,7 @@ void rope(const void* q, void* q_out, int64_t q_heads, int64_t q_batch, int64_t 
   const int64_t across = ((q != nullptr ? q_heads : 0) + (k != nullptr ? k_heads : 0)) * width;
   parallel_chunks(positions, rows_per_chunk(positions, across), positions * across, num_threads,
                   [&](int64_t begin, int64_t end) {
+                    const Streaming streaming(positions * across * (dtype == F32 ? 4 : 2));
                     Scratch scratch(4 * half);
                     float *c = scratch.data, *s = scratch.data + 2 * half;
                     for (int64_t i = begin; i < end; ++i) {
@@ -114,9 +117,9 @@ void rope(const void* q, void* q_out, int64_t q_heads, int64_t q_batch, int64_t 
                         using T = typename decltype(type)::type;
                         for (const Side& side : sides) {
                           if (interleaved) {
-                            rotate_position<T, true>(side, b, t, length, width, c, s, half);
+                            rotate_position<T, true>(side, b, t, length, width, c, s, half, streaming.on);
                           } else {
-                            rotate_position<T, false>(side, b, t, length, width, c, s, half);
+                            rotate_position<T, false>(side, b, t, length, width, c, s, half, streaming.on);
                           }
                         }
                       });

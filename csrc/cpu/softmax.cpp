@@ -37,18 +37,24 @@ struct Problem {
   bool dropping;
   Dropout dropout;
 
-  // Causal rows are written plainly: streaming stores would meet the zeros' plain ones within a cache line.
+  // Of an output. Rows that end in zeros are streamed only if they begin with a cache line: then the one line
+  // in which values end is stored plainly, and no line in both ways.
   template <class T>
-  int64_t streamed_bytes() const {
-    return queries == 0 ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
+  int64_t streamed_bytes(const T* y) const {
+    return queries == 0 || in_lines(y) ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
+  }
+
+  template <class T>
+  bool in_lines(const T* y) const {
+    return reinterpret_cast<uintptr_t>(y) % 64 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
   }
 
   // Only where nothing but x meets the scores; and where streaming goes by cache lines, rows must begin with
   // one.
   template <class T>
   bool takes_twice(const T* y, int mask_kind) const {
-    const bool aligned = reinterpret_cast<uintptr_t>(y) % 64 == 0 && cols * sizeof(T) % 64 == 0;
-    return mask_kind == kNoMask && !dropping && (aligned || streamed_bytes<T>() < Streaming::kLeastBytes);
+    const bool streams = Streaming::pays(streamed_bytes(y));
+    return mask_kind == kNoMask && !dropping && (in_lines(y) || !streams);
   }
 
   int64_t visible(int64_t row) const {
@@ -91,7 +97,9 @@ FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n
 }
 
 template <class T>
-void fill_zero(T* y, int64_t begin, int64_t end) {
+void fill_zero(T* y, int64_t begin, int64_t end, bool streaming = false) {
+  if (begin < end && streaming)
+    return stream_zeros(y + begin, (end - begin) * static_cast<int64_t>(sizeof(T)));
   if (begin < end)
     std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(end - begin) * sizeof(T));
 }
@@ -178,7 +186,7 @@ float added_row(const Problem& a, const T* x, const float* mask, float* e, int64
 template <bool Two, class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
-  const Streaming streaming(a.streamed_bytes<T>());
+  const Streaming streaming(a.streamed_bytes(y));
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = a.visible(i), at = i * a.cols;
@@ -199,7 +207,7 @@ void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const Mask
     }
     const int64_t written = seen ? n : 0;
     if (seen) write_row<Two>(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
-    fill_zero(y_row, written, a.cols);
+    fill_zero(y_row, written, a.cols, streaming.on);
     if (p != nullptr) fill_zero(p_row, written, a.cols);
   }
 }
@@ -247,7 +255,7 @@ void backward_row(const Problem& a, const T* dy, const T* p, T* dx, float* dmask
   } else {
     write(dy + at);
   }
-  if (dx != nullptr) fill_zero(dx + at, n, a.cols);
+  if (dx != nullptr) fill_zero(dx + at, n, a.cols, streaming);
 }
 
 Problem problem(int64_t rows, int64_t cols, int64_t queries, double scale, int64_t threshold,
@@ -300,7 +308,7 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
   const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
-    const Streaming streaming(a.streamed_bytes<T>());
+    const Streaming streaming(a.streamed_bytes(dx));
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / parts, first = unit % parts * size, last = min_of(first + size, members);
@@ -377,7 +385,7 @@ void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t r
     if (dmask == nullptr) {
       parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
-                        const Streaming streaming(a.streamed_bytes<T>());
+                        const Streaming streaming(a.streamed_bytes(dx_t));
                         Scratch g(a.dropping ? cols : 0);
                         for (int64_t i = begin; i < end; ++i)
                           backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i, streaming.on);

@@ -6,7 +6,13 @@
 //   for_lanes_out<2>(y, n, streaming.on, [&](int64_t j, int u, auto lanes) { put(y + j, value, lanes); });
 #pragma once
 
+#include <cstring>
+
 #include "vec.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace fg::FG_LEVEL {
 
@@ -38,11 +44,13 @@ struct Streaming {
 
   bool on = false;
 #if defined(FG_STREAMS)
-  explicit Streaming(int64_t bytes) : on(bytes >= kLeastBytes) {}
+  static bool pays(int64_t bytes) { return bytes >= kLeastBytes; }
+  explicit Streaming(int64_t bytes) : on(pays(bytes)) {}
   ~Streaming() {  // other threads see streaming stores in no order without this
     if (on) _mm_sfence();
   }
 #else
+  static bool pays(int64_t) { return false; }
   explicit Streaming(int64_t) {}
 #endif
 };
@@ -72,6 +80,8 @@ FG_INLINE void for_lanes_out(const T* to, int64_t n, bool streaming, const Body&
       for (int u = 0; u < U; ++u) body(j + u * kStep, u, StreamTwice{});
     }
     for (; j + kStep <= n; j += kStep) body(j, 0, StreamTwice{});
+    // What is left does not fill a cache line: plain, so that what follows may share it.
+    return for_lanes<1>(n - j, [&](int64_t k, int u, auto lanes) FG_LAMBDA { body(j + k, u, lanes); });
   } else {
     for (; j + U * W <= n; j += U * W) {
 #pragma GCC unroll 8
@@ -80,6 +90,45 @@ FG_INLINE void for_lanes_out(const T* to, int64_t n, bool streaming, const Body&
   }
   for (; j + W <= n; j += W) body(j, 0, Stream{});
   if (j < n) body(j, 0, Part{static_cast<int>(n - j)});
+}
+
+// As std::memcpy, past the caches but for the lines of which it is a part. next: asked for on the way, as
+// many bytes.
+inline void stream_copy(void* to, const void* from, int64_t bytes, const void* next) {
+  char* p = static_cast<char*>(to);
+  const char* q = static_cast<const char*>(from);
+#if defined(__SSE2__)
+  if (bytes >= 64) {
+    const int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) & 63;
+    const char* ahead = static_cast<const char*>(next);
+    std::memcpy(p, q, static_cast<uint64_t>(head));
+    p += head, q += head, bytes -= head;
+    for (; bytes >= 64; p += 64, q += 64, ahead += 64, bytes -= 64) {
+      prefetch(ahead);
+      for (int i = 0; i < 64; i += 16) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i_u*>(q + i));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p + i), x);
+      }
+    }
+  }
+#endif
+  std::memcpy(p, q, static_cast<uint64_t>(bytes));
+}
+
+// Zeros past the caches, but in the lines of which they are a part.
+inline void stream_zeros(void* to, int64_t bytes) {
+  char* p = static_cast<char*>(to);
+#if defined(__SSE2__)
+  if (bytes >= 64) {
+    const int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) & 63;
+    std::memset(p, 0, static_cast<uint64_t>(head));
+    p += head, bytes -= head;
+    for (; bytes >= 64; p += 64, bytes -= 64)
+      for (int i = 0; i < 64; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p + i), _mm_setzero_si128());
+  }
+#endif
+  std::memset(p, 0, static_cast<uint64_t>(bytes));
 }
 
 }  // namespace fg::FG_LEVEL
