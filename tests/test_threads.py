@@ -30,7 +30,10 @@ THREADED = {
         Case((2, 4, 150, 150, 20), {"causal": True, "return_lse": True}),
         Case((2, 4, 150, 170, 16), {"mask": "fp32", "over": "1hqk", "dropout": 0.1}),
         Case((2, 4, 3, 2000, 16), {"mask": "bool", "lengths": True}),
-        Case((1, 2, 100, 1100, 16), {"kv_heads": 1, "window": "600"}),  # keys cut into stretches in backward
+        # More threads than key heads: backward goes by stretches of keys and of queries.
+        Case((1, 2, 100, 1100, 16), {"kv_heads": 1, "window": "600"}),
+        Case((1, 1, 900, 900, 24), {"causal": True, "softcap": 20.0, "return_lse": True}),
+        Case((1, 2, 500, 700, 40), {"mask": "fp32", "over": "b1qk", "dropout": 0.1, "lengths": True}),
     ],
     "attention_qkv": [Case((4, 150, 4, 32), {"causal": True})],
     "attention_varlen": [Case((150, 90, 4, 16), {"causal": True})],

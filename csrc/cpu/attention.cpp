@@ -79,25 +79,23 @@ void attention_bwd(const void* q, const void* k, const void* v, const void* mask
     using T = typename decltype(type)::type;
     using U = Backward<T, decltype(kind)>;
     const U unit(call, grads);
-    const int64_t group = heads / kv_heads, cuts = stretches(call, unit.dq_floats());
-    const int64_t stretch = max_of(kKeys, round_up(ceil_div(keys, cuts), kKeys));
-    const int64_t part_floats = group * unit.dq_floats(),
-                  work = batch * heads * max_of(queries, 1) * max_of(keys, 1);
-    Scratch parts(cuts > 1 ? batch * kv_heads * cuts * part_floats : 0);
+    const int64_t work = batch * heads * max_of(queries, 1) * max_of(keys, 1);
+    const bool stretched = in_stretches(call, num_threads);
+    const int64_t stretch = stretched ? kKeyStretch : max_of(kKeys, round_up(keys, kKeys));
+    const int64_t cuts = max_of(1, ceil_div(keys, stretch));
     parallel_chunks(batch * kv_heads * cuts, 1, work, num_threads, [&](int64_t item, int64_t) {
-      const int64_t b = item / cuts / kv_heads, kv_head = item / cuts % kv_heads,
-                    begin = item % cuts * stretch;
-      typename U::Memory ignored;
-      Scratch memory(unit.divide(nullptr, stretch, cuts == 1, &ignored) + 16);
-      unit.run(b, kv_head, begin, begin + stretch, memory.data,
-               cuts > 1 ? parts.data + item * part_floats : nullptr);
+      const int64_t begin = item % cuts * stretch, b = item / cuts / kv_heads,
+                    kv_head = item / cuts % kv_heads;
+      typename U::Memory m;
+      Scratch memory(unit.divide(nullptr, stretch, unit.lanes, &m) + 16);
+      unit.run_keys(b, kv_head, begin, begin + stretch, !stretched, memory.data);
     });
-    parallel_chunks(cuts > 1 ? batch * heads : 0, 1, work, num_threads, [&](int64_t item, int64_t) {
-      const Head head(call, item / heads, item % heads);
-      const int64_t first = (head.b * kv_heads + head.h / group) * cuts;
-      float* const sum = parts.data + first * part_floats + head.h % group * unit.dq_floats();
-      for (int64_t c = 1; c < cuts; ++c) add_into(sum, sum + c * part_floats, unit.dq_floats());
-      unit.store_dq(head, sum);
+    const int64_t parts = stretched ? ceil_div(queries, kQueryStretch) : 0;
+    parallel_chunks(batch * heads * parts, 1, work, num_threads, [&](int64_t item, int64_t) {
+      const int64_t begin = item % parts * kQueryStretch, b = item / parts / heads, h = item / parts % heads;
+      typename U::Memory m;
+      Scratch memory(unit.divide(nullptr, 0, kQueryStretch, &m) + 16);
+      unit.run_queries(b, h, begin, begin + kQueryStretch, memory.data);
     });
     if (dmask == nullptr) return;
     const MaskGradient mask_gradient{static_cast<float*>(dmask), dmask_batch, dmask_heads, dmask_queries,
@@ -106,8 +104,8 @@ void attention_bwd(const void* q, const void* k, const void* v, const void* mask
     parallel_chunks(dmask_batch * dmask_heads * pieces, 1, work, num_threads, [&](int64_t item, int64_t) {
       const int64_t head = item / pieces, begin = item % pieces * kLanes;
       typename U::Memory m;
-      Scratch memory(unit.divide(nullptr, 0, false, &m) + 16);
-      unit.divide(memory.data, 0, false, &m);
+      Scratch memory(unit.divide(nullptr, 0, unit.lanes, &m) + 16);
+      unit.divide(memory.data, 0, unit.lanes, &m);
       mask_gradient.add(call, unit, m, head / dmask_heads, head % dmask_heads, begin,
                         pieces > 1 ? begin + kLanes : queries);
     });

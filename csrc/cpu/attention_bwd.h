@@ -3,9 +3,10 @@
 //   s = k q^T;  p = e^(s - lse);  dp = v dout^T;  ds = p (dp - delta),  delta = sum(dout out) - dlse
 //   dv = p dout;  dk = scale ds q;  dq = scale ds^T k
 //
-// Dao, "FlashAttention-2" (2023), algorithm 2. A unit of work is one stretch of the keys of one key head,
-// with all query heads that share it: dk and dv are its own, and what it adds to dq goes to a buffer of its
-// own, summed in the order of the stretches. How keys are cut depends on shapes alone.
+// Dao, "FlashAttention-2" (2023), algorithm 2. A unit of work is one key head with all query heads that share
+// it. Where there are more threads than such units, dk and dv are found for stretches of keys and dq for
+// stretches of queries, at the price of two products of seven done twice. Every sum is over the same tiles in
+// the same order: the same bits.
 
 #pragma once
 
@@ -96,21 +97,21 @@ struct Backward {
     float *dq, *dk, *dv;
   };
 
-  // keys: of the unit. own_dq: whether dq is summed here, and not in a part that the caller gives.
-  int64_t divide(float* memory, int64_t keys, bool own_dq, Memory* to) const {
+  // keys: of the unit. rows: its queries, a multiple of kLanes or all `lanes`.
+  int64_t divide(float* memory, int64_t keys, int64_t rows, Memory* to) const {
     int64_t used = 0;
     const auto take = [&](int64_t floats) {
       float* const taken = memory + used;
       used += round_up(floats, 16);
       return taken;
     };
-    to->q = take(depth * lanes);
-    to->g = take(value_depth * lanes);
-    to->q_rows = take(lanes / kEach * wide);
-    to->g_rows = take(lanes / kEach * value_wide);
-    to->lse = take(lanes);
-    to->norm = take(lanes);
-    to->delta = take(lanes);
+    to->q = take(depth * rows);
+    to->g = take(value_depth * rows);
+    to->q_rows = take(rows / kEach * wide);
+    to->g_rows = take(rows / kEach * value_wide);
+    to->lse = take(rows);
+    to->norm = take(rows);
+    to->delta = take(rows);
     to->k = take(kKeys * round_up(depth, kRows));
     to->v = take(kKeys * value_depth);
     to->k_along = kEach == 2 ? take(kKeys / 2 * tall) : to->k;
@@ -121,14 +122,20 @@ struct Backward {
     to->p_pairs = take(kEach == 2 ? kKeys * kLanes / 2 : 0);
     to->ds_pairs = take(kEach == 2 ? kKeys * kLanes / 2 : 0);
     to->ds_columns = take(kEach == 2 ? kKeys * kLanes / 2 : 0);
-    to->dq = own_dq ? take(dq_floats()) : nullptr;
-    const int64_t rows = call.heads == call.kv_heads ? kKeys : round_up(keys, kKeys);
-    to->dk = take(rows * wide);
-    to->dv = take(rows * value_wide);
+    to->dq = take(tall * rows);  // [panel][feature][query]
+    const int64_t held = call.heads == call.kv_heads ? kKeys : round_up(keys, kKeys);
+    to->dk = take(held * wide);
+    to->dv = take(held * value_wide);
     return used;
   }
 
-  int64_t dq_floats() const { return tall * lanes; }  // [panel][feature][query]
+  // The memory of the queries from `begin` on, seen from query 0.
+  Memory from(Memory m, int64_t begin) const {
+    m.q -= begin * depth, m.g -= begin * value_depth;
+    m.q_rows -= begin / kEach * wide, m.g_rows -= begin / kEach * value_wide;
+    m.lse -= begin, m.norm -= begin, m.delta -= begin, m.dq -= begin * tall;
+    return m;
+  }
 
   // k's rows are as wide as the columns that dq's product takes from them.
   int64_t k_row() const { return kEach == 2 ? depth : tall; }
@@ -174,6 +181,12 @@ struct Backward {
     const int64_t padded = round_up(keys, kRows);
     pack_rows<Kind>(k + key * call.k_at.t, call.k_at.t, keys, padded, call.width, m.k, k_row());
     pack_rows<Kind>(v + key * call.v_at.t, call.v_at.t, keys, padded, call.value_width, m.v, value_depth);
+  }
+
+  void load_keys_along(const Memory& m, const T* k, int64_t key, int64_t keys) const {
+    if (kEach == 1) return;  // the rows are there already
+    pack_along<Kind>(k + key * call.k_at.t, call.k_at.t, keys, round_up(keys, kRows), call.width, m.k_along,
+                     tall);
   }
 
   // Rows of scores so large that lse has lost the logarithm of their number, masks of -3e38 above all: their
@@ -251,63 +264,100 @@ struct Backward {
     return band;
   }
 
-  // dk and dv of the keys [begin, end) of key head `kv_head`, and their share of dq, in `part` (of one head
-  // after the other) or stored at once.
-  void run(int64_t b, int64_t kv_head, int64_t begin, int64_t end, float* memory, float* part) const {
+  // dk and dv of the keys [begin, end) of key head `kv_head`; with all keys dq too.
+  void run_keys(int64_t b, int64_t kv_head, int64_t begin, int64_t end, bool with_dq, float* memory) const {
     Memory m;
-    divide(memory, end - begin, part == nullptr, &m);
+    divide(memory, end - begin, lanes, &m);
     const int64_t group = call.heads / call.kv_heads;
     const bool gathers = group > 1;
     for (int64_t g = 0; g < group; ++g) {
       const Head head(call, b, kv_head * group + g);
-      float* const dq = part == nullptr ? m.dq : part + g * dq_floats();
-      std::memset(dq, 0, static_cast<uint64_t>(dq_floats()) * sizeof(float));
+      if (with_dq) std::memset(m.dq, 0, static_cast<uint64_t>(tall * lanes) * sizeof(float));
       load_head(head, m, 0, head.Lq);
       const T* k = at_head(static_cast<const T*>(call.k), call.k_at, call, b, kv_head, head.first_k);
       const T* v = at_head(static_cast<const T*>(call.v), call.v_at, call, b, kv_head, head.first_k);
       normalise(head, m, k, 0, head.Lq);
       const int64_t stored = call.cu_k != nullptr ? call.cu_k[b + 1] - head.first_k : call.keys;
       for (int64_t key = begin; key < min_of(end, stored); key += kKeys) {
-        const int64_t keys = max_of(0, min_of(kKeys, head.Lk - key));
-        float *const dk = m.dk + (gathers ? (key - begin) * wide : 0), *const dv =
-                                                                           m.dv + (gathers ? (key - begin) *
-                                                                                                 value_wide
-                                                                                           : 0);
+        const int64_t keys = max_of(0, min_of(kKeys, head.Lk - key)), row = gathers ? key - begin : 0;
+        float *const dk = m.dk + row * wide, *const dv = m.dv + row * value_wide;
         if (g == 0) {
           std::memset(dk, 0, static_cast<uint64_t>(kKeys * wide) * sizeof(float));
           std::memset(dv, 0, static_cast<uint64_t>(kKeys * value_wide) * sizeof(float));
         }
-        if (keys > 0) add_keys(head, m, k, v, key, keys, dq, dk, dv);
+        if (keys > 0) {
+          load_keys(m, k, v, key, keys);
+          if (with_dq) load_keys_along(m, k, key, keys);
+          for_panels(head, key, keys, 0, head.Lq, [&](const Panel& panel, int64_t there) FG_LAMBDA {
+            tile<Kind>(head, panel, m, key, there, call.softcap > 0.0f ? m.tanhs : nullptr);
+            add_to_keys(panel, m, there, dk, dv);
+            if (with_dq) add_to_queries(panel, m, there);
+          });
+        }
         if (g + 1 == group) store_keys(head, b, kv_head, key, min_of(kKeys, stored - key), dk, dv);
       }
-      if (part == nullptr) store_dq(head, dq);
+      if (with_dq) store_dq(head, m, 0, head.Lq);
     }
   }
 
-  void add_keys(const Head& head, const Memory& m, const T* k, const T* v, int64_t key, int64_t keys,
-                float* dq, float* dk, float* dv) const {
-    load_keys(m, k, v, key, keys);
-    if (kEach == 2)
-      pack_along<Kind>(k + key * call.k_at.t, call.k_at.t, keys, round_up(keys, kRows), call.width, m.k_along,
-                       tall);
-    const Band band = seen_from(head, key, key + keys - 1);
-    for (int64_t t = band.begin / kLanes * kLanes; t < band.end; t += kLanes) {
-      const Panel panel(t, head.Lq);
-      const Band seen(call, head, t, t + panel.count - 1);
-      const int64_t there = min_of(keys, seen.end - key), padded = round_up(there, kRows);
-      tile<Kind>(head, panel, m, key, there, call.softcap > 0.0f ? m.tanhs : nullptr);
-      const float *p = kEach == 2 ? m.p_pairs : m.s, *ds = kEach == 2 ? m.ds_pairs : m.dp;
-      const float* ds_columns = kEach == 2 ? m.ds_columns : m.dp;
-      const int64_t row = panel.lanes / kEach, n = ceil_div(panel.count, kEach);
-      wide_product<Kind, Start::kAdd>(p, row, 1, m.g_rows + t / kEach * value_wide, value_wide, n, dv,
-                                      value_wide, padded, value_wide / W);
-      wide_product<Kind, Start::kAdd>(ds, row, 1, m.q_rows + t / kEach * wide, wide, n, dk, wide, padded,
-                                      wide / W);
-      with_vecs(panel.vecs, [&](auto vecs) FG_LAMBDA {
-        product<Kind, decltype(vecs)::value, Start::kAdd>(m.k_along, 1, tall, ds_columns, panel.lanes,
-                                                          padded / kEach, dq + t * tall, panel.lanes, tall);
+  // dq alone, of the queries [begin, end) of one head: begin a multiple of kLanes.
+  void run_queries(int64_t b, int64_t h, int64_t begin, int64_t end, float* memory) const {
+    const Head head(call, b, h);
+    end = min_of(end, head.Lq);
+    if (begin >= end) return;
+    Memory m;
+    divide(memory, 0, round_up(end - begin, kLanes), &m);
+    m = from(m, begin);
+    std::memset(m.dq + begin * tall, 0,
+                static_cast<uint64_t>(tall * round_up(end - begin, W)) * sizeof(float));
+    const int64_t kv_head = h / (call.heads / call.kv_heads);
+    const T* k = at_head(static_cast<const T*>(call.k), call.k_at, call, b, kv_head, head.first_k);
+    const T* v = at_head(static_cast<const T*>(call.v), call.v_at, call, b, kv_head, head.first_k);
+    load_head(head, m, begin, end);
+    normalise(head, m, k, begin, end);
+    const Band all(call, head, begin, end - 1);
+    for (int64_t key = all.begin / kKeys * kKeys; key < all.end; key += kKeys) {
+      const int64_t keys = min_of(kKeys, head.Lk - key);
+      load_keys(m, k, v, key, keys);
+      load_keys_along(m, k, key, keys);
+      for_panels(head, key, keys, begin, end, [&](const Panel& panel, int64_t there) FG_LAMBDA {
+        tile<Kind>(head, panel, m, key, there, call.softcap > 0.0f ? m.tanhs : nullptr);
+        add_to_queries(panel, m, there);
       });
     }
+    store_dq(head, m, begin, end);
+  }
+
+  // body(panel, there) for the panels of the queries [begin, end) that see some of `keys` keys from `key` on,
+  // the first `there` of them.
+  template <class Body>
+  FG_INLINE void for_panels(const Head& head, int64_t key, int64_t keys, int64_t begin, int64_t end,
+                            const Body& body) const {
+    const Band band = seen_from(head, key, key + keys - 1);
+    const int64_t first = max_of(begin, band.begin / kLanes * kLanes);
+    for (int64_t t = first; t < min_of(end, band.end); t += kLanes) {
+      const Panel panel(t, head.Lq);
+      const Band seen(call, head, t, t + panel.count - 1);
+      body(panel, min_of(keys, seen.end - key));
+    }
+  }
+
+  // The products of a tile's p and ds, which `tile` has left in m.
+  void add_to_keys(const Panel& panel, const Memory& m, int64_t keys, float* dk, float* dv) const {
+    const float *p = kEach == 2 ? m.p_pairs : m.s, *ds = kEach == 2 ? m.ds_pairs : m.dp;
+    const int64_t row = panel.lanes / kEach, n = ceil_div(panel.count, kEach), padded = round_up(keys, kRows);
+    const int64_t at = panel.t / kEach;
+    wide_product<Kind, Start::kAdd>(p, row, 1, m.g_rows + at * value_wide, value_wide, n, dv, value_wide,
+                                    padded, value_wide / W);
+    wide_product<Kind, Start::kAdd>(ds, row, 1, m.q_rows + at * wide, wide, n, dk, wide, padded, wide / W);
+  }
+  void add_to_queries(const Panel& panel, const Memory& m, int64_t keys) const {
+    const float* ds = kEach == 2 ? m.ds_columns : m.dp;
+    with_vecs(panel.vecs, [&](auto vecs) FG_LAMBDA {
+      product<Kind, decltype(vecs)::value, Start::kAdd>(m.k_along, 1, tall, ds, panel.lanes,
+                                                        round_up(keys, kRows) / kEach, m.dq + panel.t * tall,
+                                                        panel.lanes, tall);
+    });
   }
 
   void store_keys(const Head& head, int64_t b, int64_t kv_head, int64_t key, int64_t keys, const float* dk,
@@ -327,26 +377,26 @@ struct Backward {
     }
   }
 
-  void store_dq(const Head& head, const float* dq) const {
+  void store_dq(const Head& head, const Memory& m, int64_t begin, int64_t end) const {
     T* to = at_head(static_cast<T*>(grads.dq), grads.dq_at, call, head.b, head.h, head.first_q);
     alignas(64) float scales[kLanes];
     for (int i = 0; i < kLanes; ++i) scales[i] = call.scale;
-    for (int64_t t = 0; t < head.Lq; t += kLanes) {
+    for (int64_t t = begin; t < end; t += kLanes) {
       const Panel panel(t, head.Lq);
-      unpack_columns(dq + t * tall, panel.lanes, panel.count, call.width, scales, to + t * grads.dq_at.t,
+      unpack_columns(m.dq + t * tall, panel.lanes, panel.count, call.width, scales, to + t * grads.dq_at.t,
                      grads.dq_at.t);
     }
   }
 };
 
-// Into how many stretches the keys of a head are cut: enough to keep many threads busy, where each is worth
-// it and the parts of dq stay below 32 MiB.
-inline int64_t stretches(const Call& call, int64_t dq_floats) {
-  const int64_t heads = max_of(1, call.batch * call.kv_heads), wanted = ceil_div(32, heads);
-  const int64_t longest = max_of(1, call.keys / 512);
-  const int64_t allowed = (8 << 20) / max_of(1, call.batch * call.heads * dq_floats);
-  const int64_t count = min_of(wanted, min_of(longest, allowed));
-  return max_of(1, count);
+// Keys and queries of one unit where heads alone are too few for the threads.
+constexpr int64_t kKeyStretch = 8 * kKeys, kQueryStretch = 8 * kLanes;
+
+// Whether that is the faster way: a unit's time is 1 / heads of the whole, and seven products are done
+// instead of five.
+inline bool in_stretches(const Call& call, int num_threads) {
+  const int64_t heads = max_of(1, call.batch * call.kv_heads), turns = ceil_div(heads, num_threads);
+  return max_of(call.keys, call.queries) > kKeyStretch && 5 * turns * num_threads > 7 * heads;
 }
 
 }  // namespace
