@@ -35,7 +35,7 @@ struct Stats {
 };
 
 // Two-pass with a correction: sum(s - mean) repairs what rounding did to the mean, so that data with a large
-// mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7). `next`: the row that will be asked for.
+// mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7). `next`: a row that is asked for meanwhile.
 template <class R, class T>
 FG_INLINE Stats centred_stats(const R* row, float sum, int64_t n, float eps, const T* next) {
   const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
@@ -62,11 +62,14 @@ FG_INLINE Stats centred_stats(const R* row, float sum, int64_t n, float eps, con
 template <class T, class R, bool kCentered, bool HasResidual>
 void forward_rows(const Forward& a, int64_t begin, int64_t end) {
   const Streaming streaming(a.rows * a.n * static_cast<int64_t>(sizeof(T)));
+  // What the pass for the variance asks for: y, which a plain store reads first, or the next row.
+  const bool y_first = !streaming.on;
   const int64_t n = a.n;
   const float *w = a.w, *b = a.b;
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
     const T* x_next = x + a.x_stride;
+    T* y = static_cast<T*>(a.y) + i * n;
     const R *residual_next = nullptr, *row;  // y is of the rounded stream
     const auto summed = [](F v) FG_LAMBDA {
       if constexpr (kCentered) return v;
@@ -88,7 +91,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
     }
     Stats stats;
     if constexpr (kCentered) {
-      stats = centred_stats(row, sum, n, a.eps, x_next);
+      stats = centred_stats(row, sum, n, a.eps, y_first ? y : x_next);
       store_scalar(a.mean + i, stats.mean + stats.shift);
     } else {
       const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
@@ -96,15 +99,14 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
     }
     store_scalar(a.rstd + i, stats.rstd);
     const F mean = set(stats.mean), rstd = set(stats.rstd), minus_offset = set(-stats.shift * stats.rstd);
-    T* y = static_cast<T*>(a.y) + i * n;
     for_lanes_out<2>(y, n, streaming.on, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
       const F v = load(row + j, lanes);
       if constexpr (kCentered) {
         put(y + j, fma(fma(v - mean, rstd, minus_offset), load(w + j, lanes), load(b + j, lanes)), lanes);
       } else {
         put(y + j, v * rstd * load(w + j, lanes), lanes);
-        prefetch_row(x_next + j, u);  // centred: while the variance is computed
       }
+      if (!kCentered || y_first) prefetch_row(x_next + j, u);
       if constexpr (HasResidual) prefetch_row(residual_next + j, u);
     });
   }
@@ -136,6 +138,8 @@ struct Backward {
 };
 
 // kRows rows at once: dw and db, which every row adds to, are then read and written once for all of them.
+// Memory is read in both passes: the next rows of x are asked for in the first, of dy and dstream in the
+// second.
 //
 // T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to.
 template <class T, class X, bool kCentered, bool Params, int kRows>
@@ -171,6 +175,7 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
       for (int r = 0; r < kRows; ++r) {
         const F g = load(dy + r * dy_stride + j, lanes);
         prefetch_row(x + (kRows + r) * x_stride + j, u);
+        // The row's rstd comes last, where it is a factor of sums: c2, dw's multiply-add, dx.
         const F gx = keep(g * centred(load(x + r * x_stride + j, lanes), r), lanes, set(0.0f));
         s2[r] = fma(gx, weight, s2[r]);
         if constexpr (kCentered) s1[r] = fma(g, weight, s1[r]);
@@ -218,9 +223,10 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
   }
 }
 
+// The second pass reads a block's dy and x again, from cache up to this many bytes. Beyond the second cache,
+// too, that costs less than reading and writing wide dw and db for every row.
+constexpr int64_t kBlockBytes = 2 * 1024 * 1024;
 constexpr int kBlockRows = 4;
-constexpr int64_t kBlockBytes =
-    2 * 1024 * 1024;  // of dy and x, which the second pass reads again from the inner cache
 
 template <class T, class X, bool kCentered, bool Params>
 void backward_rows(const Backward& a, float* dw, float* db, int64_t begin, int64_t end) {
@@ -233,20 +239,27 @@ void backward_rows(const Backward& a, float* dw, float* db, int64_t begin, int64
   for (; i < end; ++i) backward_block<T, X, kCentered, Params, 1>(a, dw, db, i, streaming.on);
 }
 
-// A part's rows, its dw and db (side by side) into `sums`, which may be null.
+// Sums for dw, then (centred) for db, both from the start of a cache line.
+inline int64_t line_up(int64_t n) { return ceil_div(n, 16) * 16; }
+template <bool kCentered>
+inline int64_t sums_size(int64_t n) {
+  return (kCentered ? 2 : 1) * line_up(n);
+}
+
+// A part's rows, its dw and db into `sums`, which may be null.
 template <class T, class X, bool kCentered>
 void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
-  const int64_t n = a.n, padded = ceil_div(n, 16) * 16, floats = (kCentered ? 2 : 1) * padded;
+  const int64_t floats = sums_size<kCentered>(a.n);
   const uint64_t bytes = static_cast<uint64_t>(floats) * sizeof(float);
   if (sums == nullptr) return backward_rows<T, X, kCentered, false>(a, nullptr, nullptr, begin, end);
   std::memset(sums, 0, bytes);
   if (end - begin <= kFlushRows)
-    return backward_rows<T, X, kCentered, true>(a, sums, sums + padded, begin, end);
+    return backward_rows<T, X, kCentered, true>(a, sums, sums + line_up(a.n), begin, end);
   Scratch scratch(floats);
   float* dw = scratch.data;
   for (int64_t i = begin; i < end; i += kFlushRows) {
     std::memset(dw, 0, bytes);
-    backward_rows<T, X, kCentered, true>(a, dw, dw + padded, i, min_of(i + kFlushRows, end));
+    backward_rows<T, X, kCentered, true>(a, dw, dw + line_up(a.n), i, min_of(i + kFlushRows, end));
     add_into(sums, dw, floats);
   }
 }
@@ -255,7 +268,7 @@ void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
 template <bool kCentered>
 void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dtype, int weight_dtype,
                    int num_threads) {
-  const int64_t n = a.n, padded = ceil_div(n, 16) * 16, floats = (kCentered ? 2 : 1) * padded;
+  const int64_t n = a.n, floats = sums_size<kCentered>(n);
   const bool need_params = dw != nullptr || db != nullptr;
   const Parts parts(a.rows);
   Scratch sums(need_params ? parts.count * floats : 0);
@@ -273,7 +286,7 @@ void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dt
     using P = typename decltype(type)::type;
     reduce_parts(sums.data, parts.count, floats, n, static_cast<P*>(dw), num_threads);
     if constexpr (kCentered) {
-      reduce_parts(sums.data + padded, parts.count, floats, n, static_cast<P*>(db), num_threads);
+      reduce_parts(sums.data + line_up(n), parts.count, floats, n, static_cast<P*>(db), num_threads);
     }
   });
 }
