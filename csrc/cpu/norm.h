@@ -2,37 +2,56 @@
 #pragma once
 
 #include "parallel.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace fg::FG_LEVEL {
 
-// A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none.
+// A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none. two: in the
+// order of vectors taken Twice.
 class Parameter {
  public:
-  Parameter(const void* p, int dtype, int64_t n, float fill)
-      : scratch_(p != nullptr && dtype == F32 ? 0 : n) {
-    if (p != nullptr && dtype == F32) {
+  Parameter(const void* p, int dtype, int64_t n, float fill, bool two)
+      : scratch_(p != nullptr && dtype == F32 && !two ? 0 : n) {
+    if (p != nullptr && dtype == F32 && !two) {
       data = static_cast<const float*>(p);
       return;
     }
-    float* copy = scratch_.data;
-    data = copy;
+    data = scratch_.data;
+    copy(p, dtype, n, fill);
+    if constexpr (kTwice<bf16>) {
+      if (two)
+        for_lanes<1, true>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+          store_scratch(scratch_.data + j, load(scratch_.data + j, lanes), lanes);
+        });
+    }
+  }
+  const float* data;
+
+ private:
+  void copy(const void* p, int dtype, int64_t n, float fill) {
+    float* to = scratch_.data;
     if (p == nullptr) {
-      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, set(fill), lanes); });
+      for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(to + j, set(fill), lanes); });
       return;
     }
     with_dtype(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const T* from = static_cast<const T*>(p);
       for_lanes<1>(
-          n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(copy + j, load(from + j, lanes), lanes); });
+          n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(to + j, load(from + j, lanes), lanes); });
     });
   }
-  const float* data;
 
- private:
   Scratch scratch_;
 };
+
+// Whether rows of n are taken Twice: where outputs are streamed by cache lines, they must begin with one.
+inline bool takes_twice(int dtype, int64_t rows, int64_t n, const void* out) {
+  if (!kTwice<bf16> || dtype != BF16) return false;
+  const bool in_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && 2 * n % 64 == 0;
+  return in_lines || !Streaming::pays(2 * rows * n);
+}
 
 template <class Body>
 void with_dtypes(int t, int x, const Body& body) {  // the wider type is t itself or fp32

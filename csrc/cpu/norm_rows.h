@@ -15,9 +15,9 @@ namespace {
 
 // Asks for a line that the next rows need, into the core's second cache: the first has no room for it beside
 // the rows in work. u: as for_lanes<2> gives it, for a line holds two vectors of 16-bit elements.
-template <class T>
-FG_INLINE void prefetch_row(const T* p, int u) {
-  if (W * sizeof(T) >= 64 || u % 2 == 0) __builtin_prefetch(p, 0, 2);
+template <class T, class Lanes>
+FG_INLINE void prefetch_row(const T* p, int u, Lanes) {
+  if (__is_base_of(Twice, Lanes) || W * sizeof(T) >= 64 || u % 2 == 0) __builtin_prefetch(p, 0, 2);
 }
 
 struct Forward {
@@ -36,19 +36,19 @@ struct Stats {
 
 // Two-pass with a correction: sum(s - mean) repairs what rounding did to the mean, so that data with a large
 // mean is safe (Chan, Golub, LeVeque 1983, eq. 1.7). `next`: a row that is asked for meanwhile.
-template <class R, class T>
+template <bool Two, class R, class T>
 FG_INLINE Stats centred_stats(const R* row, float sum, int64_t n, float eps, const T* next) {
   const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
   const float mean = sum * inverse_n;
   float d_sum = 0.0f, d_squares = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kSegment) {
     F s[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)}, q[4] = {s[0], s[0], s[0], s[0]};
-    for_lanes<4>(min_of(kSegment, n - begin), [&](int64_t k, int u, auto lanes) FG_LAMBDA {
+    for_lanes<4, Two>(min_of(kSegment, n - begin), [&](int64_t k, int u, auto lanes) FG_LAMBDA {
       const int64_t j = begin + k;
-      prefetch_row(next + j, u);
-      const F d = keep(load(row + j, lanes) - set(mean), lanes, set(0.0f));
-      s[u] = s[u] + d;
-      q[u] = fma(d, d, q[u]);
+      prefetch_row(next + j, u, lanes);
+      const auto d = keep(load(row + j, lanes) - set(mean), lanes, set(0.0f));
+      s[u] = add(s[u], d);
+      q[u] = add_product(q[u], d, d);
     });
     d_sum += hsum((s[0] + s[1]) + (s[2] + s[3]));
     d_squares += hsum((q[0] + q[1]) + (q[2] + q[3]));
@@ -58,8 +58,9 @@ FG_INLINE Stats centred_stats(const R* row, float sum, int64_t n, float eps, con
   return {mean, shift, 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)};
 }
 
-// T: type of x and y; R: type of residual and stream, T without them.
-template <class T, class R, bool kCentered, bool HasResidual>
+// T: type of x and y; R: type of residual and stream, T without them. Two: rows are taken Twice, and w and b
+// are in that order.
+template <class T, class R, bool kCentered, bool HasResidual, bool Two>
 void forward_rows(const Forward& a, int64_t begin, int64_t end) {
   const Streaming streaming(a.rows * a.n * static_cast<int64_t>(sizeof(T)));
   // What the pass for the variance asks for: y, which a plain store reads first, or the next row.
@@ -71,9 +72,11 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
     const T* x_next = x + a.x_stride;
     T* y = static_cast<T*>(a.y) + i * n;
     const R *residual_next = nullptr, *row;  // y is of the rounded stream
-    const auto summed = [](F v) FG_LAMBDA {
-      if constexpr (kCentered) return v;
-      return v * v;
+    const auto summed = [](auto v) FG_LAMBDA {
+      if constexpr (kCentered)
+        return v;
+      else
+        return v * v;
     };
     float sum;
     if constexpr (HasResidual) {
@@ -81,17 +84,17 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
       R* stream = static_cast<R*>(a.stream) + i * n;
       residual_next = residual + a.residual_stride;
       row = stream;
-      sum = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+      sum = sum_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA {
         store(stream + j, load(x + j, lanes) + load(residual + j, lanes), lanes);
         return summed(load(stream + j, lanes));
       });
     } else {
       row = x;
-      sum = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return summed(load(x + j, lanes)); });
+      sum = sum_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA { return summed(load(x + j, lanes)); });
     }
     Stats stats;
     if constexpr (kCentered) {
-      stats = centred_stats(row, sum, n, a.eps, y_first ? y : x_next);
+      stats = centred_stats<Two>(row, sum, n, a.eps, y_first ? y : x_next);
       store_scalar(a.mean + i, stats.mean + stats.shift);
     } else {
       const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
@@ -99,35 +102,48 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
     }
     store_scalar(a.rstd + i, stats.rstd);
     const F mean = set(stats.mean), rstd = set(stats.rstd), minus_offset = set(-stats.shift * stats.rstd);
-    for_lanes_out<2>(y, n, streaming.on, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
-      const F v = load(row + j, lanes);
+    for_lanes_out<2, Two>(y, n, streaming.on, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+      const auto v = load(row + j, lanes);
       if constexpr (kCentered) {
-        put(y + j, fma(fma(v - mean, rstd, minus_offset), load(w + j, lanes), load(b + j, lanes)), lanes);
+        put(y + j,
+            fma(fma(v - mean, rstd, minus_offset), load_scratch(w + j, lanes), load_scratch(b + j, lanes)),
+            lanes);
       } else {
-        put(y + j, v * rstd * load(w + j, lanes), lanes);
+        put(y + j, v * rstd * load_scratch(w + j, lanes), lanes);
       }
-      if (!kCentered || y_first) prefetch_row(x_next + j, u);
-      if constexpr (HasResidual) prefetch_row(residual_next + j, u);
+      if (!kCentered || y_first) prefetch_row(x_next + j, u, lanes);
+      if constexpr (HasResidual) prefetch_row(residual_next + j, u, lanes);
     });
   }
 }
 
+// body(Type<T>{}, Type<R>{}, Constant<Two>{})
+template <class Body>
+void with_rows(int t, int r, bool two, const Body& body) {
+  with_dtypes(t, r, [&](auto type, auto other) {
+    if constexpr (kTwice<typename decltype(type)::type>) {
+      if (two) return body(type, other, Constant<true>{});
+    }
+    body(type, other, Constant<false>{});
+  });
+}
+
 template <bool kCentered>
-void norm_forward(const Forward& a, int x_dtype, int residual_dtype, int num_threads) {
-  parallel_chunks(a.rows, rows_per_chunk(a.rows, a.n), a.rows * a.n, num_threads,
-                  [&](int64_t begin, int64_t end) {
-                    if (a.residual == nullptr) {
-                      return with_dtype(x_dtype, [&](auto type) {
-                        using T = typename decltype(type)::type;
-                        forward_rows<T, T, kCentered, false>(a, begin, end);
-                      });
-                    }
-                    with_dtypes(x_dtype, residual_dtype, [&](auto type, auto residual_type) {
-                      using T = typename decltype(type)::type;
-                      using R = typename decltype(residual_type)::type;
-                      forward_rows<T, R, kCentered, true>(a, begin, end);
-                    });
-                  });
+void norm_forward(const Forward& a, int x_dtype, int residual_dtype, bool two, int num_threads) {
+  parallel_chunks(
+      a.rows, rows_per_chunk(a.rows, a.n), a.rows * a.n, num_threads, [&](int64_t begin, int64_t end) {
+        const bool added = a.residual != nullptr;
+        with_rows(x_dtype, added ? residual_dtype : x_dtype, two, [&](auto t, auto r, auto twice) {
+          using T = typename decltype(t)::type;
+          using R = typename decltype(r)::type;
+          constexpr bool kTwo = decltype(twice)::value;
+          if (added) {
+            forward_rows<T, R, kCentered, true, kTwo>(a, begin, end);
+          } else {
+            forward_rows<T, T, kCentered, false, kTwo>(a, begin, end);
+          }
+        });
+      });
 }
 
 struct Backward {
@@ -141,8 +157,9 @@ struct Backward {
 // Memory is read in both passes: the next rows of x are asked for in the first, of dy and dstream in the
 // second.
 //
-// T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to.
-template <class T, class X, bool kCentered, bool Params, int kRows>
+// T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to. Two: rows
+// are taken Twice, and w, dw and db are in that order.
+template <class T, class X, bool kCentered, bool Params, bool Two, int kRows>
 FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t first, bool streaming) {
   const int64_t n = a.n, dy_stride = a.dy_stride, x_stride = a.x_stride;
   const float* w = a.w;
@@ -156,37 +173,39 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
     inverse[r] = load_scalar(a.rstd + first + r);
     rstd[r] = set(inverse[r]);
   }
-  const auto centred = [&](F v, int r) FG_LAMBDA {
-    if constexpr (kCentered) return v - mean[r];
-    return v;
+  const auto centred = [&](auto v, int r) FG_LAMBDA {
+    if constexpr (kCentered)
+      return v - mean[r];
+    else
+      return v;
   };
   for (int64_t segment = 0; segment < n; segment += kSegment) {
     F s1[kRows], s2[kRows];
     for (int r = 0; r < kRows; ++r) s1[r] = s2[r] = set(0.0f);
-    for_lanes<2>(min_of(kSegment, n - segment), [&](int64_t k, int u, auto lanes) FG_LAMBDA {
+    for_lanes<Two ? 1 : 2, Two>(min_of(kSegment, n - segment), [&](int64_t k, int u, auto lanes) FG_LAMBDA {
       const int64_t j = segment + k;
-      const F weight = load(w + j, lanes);
-      F dw_j, db_j;
+      const auto weight = load_scratch(w + j, lanes);
+      decltype(load_scratch(w, lanes)) dw_j, db_j;
       if constexpr (Params) {
-        dw_j = load(dw + j, lanes);
-        if constexpr (kCentered) db_j = load(db + j, lanes);
+        dw_j = load_scratch(dw + j, lanes);
+        if constexpr (kCentered) db_j = load_scratch(db + j, lanes);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const F g = load(dy + r * dy_stride + j, lanes);
-        prefetch_row(x + (kRows + r) * x_stride + j, u);
+        const auto g = load(dy + r * dy_stride + j, lanes);
+        prefetch_row(x + (kRows + r) * x_stride + j, u, lanes);
         // The row's rstd comes last, where it is a factor of sums: c2, dw's multiply-add, dx.
-        const F gx = keep(g * centred(load(x + r * x_stride + j, lanes), r), lanes, set(0.0f));
-        s2[r] = fma(gx, weight, s2[r]);
-        if constexpr (kCentered) s1[r] = fma(g, weight, s1[r]);
+        const auto gx = keep(g * centred(load(x + r * x_stride + j, lanes), r), lanes, set(0.0f));
+        s2[r] = add_product(s2[r], gx, weight);
+        if constexpr (kCentered) s1[r] = add_product(s1[r], g, weight);
         if constexpr (Params) {
           dw_j = fma(gx, rstd[r], dw_j);
           if constexpr (kCentered) db_j = db_j + g;
         }
       }
       if constexpr (Params) {
-        store(dw + j, dw_j, lanes);
-        if constexpr (kCentered) store(db + j, db_j, lanes);
+        store_scratch(dw + j, dw_j, lanes);
+        if constexpr (kCentered) store_scratch(db + j, db_j, lanes);
       }
     });
     for (int r = 0; r < kRows; ++r) {
@@ -204,18 +223,18 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
     const X* dstream = static_cast<const X*>(a.dstream) + (a.dstream != nullptr ? at : 0);
     X* dresidual = static_cast<X*>(a.dresidual) + (a.dresidual != nullptr ? at : 0);
     const F m1 = set(-c1[r] * inverse_n), m2 = set(c2[r] * inverse_n * inverse[r]);
-    for_lanes_out<2>(dx_r, n, streaming, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
-      prefetch_row(dy_r + kRows * dy_stride + j, u);
-      F d;
+    for_lanes_out<2, Two>(dx_r, n, streaming, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+      prefetch_row(dy_r + kRows * dy_stride + j, u, lanes);
+      auto d = load(dy_r + j, lanes);
       if constexpr (kCentered) {
-        d = fma(load(dy_r + j, lanes), load(w + j, lanes), m1);
+        d = fma(d, load_scratch(w + j, lanes), m1);
       } else {
-        d = load(dy_r + j, lanes) * load(w + j, lanes);
+        d = d * load_scratch(w + j, lanes);
       }
       d = fnma(centred(load(x_r + j, lanes), r), m2, d) * rstd[r];
       if (a.dstream != nullptr) {
         d = d + load(dstream + j, lanes);
-        prefetch_row(dstream + kRows * n + j, u);
+        prefetch_row(dstream + kRows * n + j, u, lanes);
       }
       put(dx_r + j, d, lanes);
       if (a.dresidual != nullptr) store(dresidual + j, d, lanes);
@@ -228,15 +247,15 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
 constexpr int64_t kBlockBytes = 2 * 1024 * 1024;
 constexpr int kBlockRows = 4;
 
-template <class T, class X, bool kCentered, bool Params>
+template <class T, class X, bool kCentered, bool Params, bool Two>
 void backward_rows(const Backward& a, float* dw, float* db, int64_t begin, int64_t end) {
   const Streaming streaming(a.dx != nullptr ? a.rows * a.n * static_cast<int64_t>(sizeof(T)) : 0);
   int64_t i = begin;
   if (kBlockRows * a.n * static_cast<int64_t>(sizeof(T) + sizeof(X)) <= kBlockBytes) {
     for (; i + kBlockRows <= end; i += kBlockRows)
-      backward_block<T, X, kCentered, Params, kBlockRows>(a, dw, db, i, streaming.on);
+      backward_block<T, X, kCentered, Params, Two, kBlockRows>(a, dw, db, i, streaming.on);
   }
-  for (; i < end; ++i) backward_block<T, X, kCentered, Params, 1>(a, dw, db, i, streaming.on);
+  for (; i < end; ++i) backward_block<T, X, kCentered, Params, Two, 1>(a, dw, db, i, streaming.on);
 }
 
 // Sums for dw, then (centred) for db, both from the start of a cache line.
@@ -247,19 +266,19 @@ inline int64_t sums_size(int64_t n) {
 }
 
 // A part's rows, its dw and db into `sums`, which may be null.
-template <class T, class X, bool kCentered>
+template <class T, class X, bool kCentered, bool Two>
 void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
   const int64_t floats = sums_size<kCentered>(a.n);
   const uint64_t bytes = static_cast<uint64_t>(floats) * sizeof(float);
-  if (sums == nullptr) return backward_rows<T, X, kCentered, false>(a, nullptr, nullptr, begin, end);
+  if (sums == nullptr) return backward_rows<T, X, kCentered, false, Two>(a, nullptr, nullptr, begin, end);
   std::memset(sums, 0, bytes);
   if (end - begin <= kFlushRows)
-    return backward_rows<T, X, kCentered, true>(a, sums, sums + line_up(a.n), begin, end);
+    return backward_rows<T, X, kCentered, true, Two>(a, sums, sums + line_up(a.n), begin, end);
   Scratch scratch(floats);
   float* dw = scratch.data;
   for (int64_t i = begin; i < end; i += kFlushRows) {
     std::memset(dw, 0, bytes);
-    backward_rows<T, X, kCentered, true>(a, dw, dw + line_up(a.n), i, min_of(i + kFlushRows, end));
+    backward_rows<T, X, kCentered, true, Two>(a, dw, dw + line_up(a.n), i, min_of(i + kFlushRows, end));
     add_into(sums, dw, floats);
   }
 }
@@ -267,7 +286,7 @@ void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
 // dw, db: null where not needed.
 template <bool kCentered>
 void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dtype, int weight_dtype,
-                   int num_threads) {
+                   bool two, int num_threads) {
   const int64_t n = a.n, floats = sums_size<kCentered>(n);
   const bool need_params = dw != nullptr || db != nullptr;
   const Parts parts(a.rows);
@@ -275,20 +294,24 @@ void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dt
   const int64_t step = need_params ? parts.size : rows_per_chunk(a.rows, n);
   parallel_chunks(a.rows, max_of(1, step), a.rows * n, num_threads, [&](int64_t begin, int64_t end) {
     float* own = need_params ? sums.data + begin / step * floats : nullptr;
-    with_dtypes(dy_dtype, x_dtype, [&](auto type, auto x_type) {
-      using T = typename decltype(type)::type;
-      using X = typename decltype(x_type)::type;
-      backward_part<T, X, kCentered>(a, own, begin, end);
+    with_rows(dy_dtype, x_dtype, two, [&](auto t, auto x, auto twice) {
+      using T = typename decltype(t)::type;
+      using X = typename decltype(x)::type;
+      backward_part<T, X, kCentered, decltype(twice)::value>(a, own, begin, end);
     });
   });
   if (!need_params) return;
-  with_dtype(weight_dtype, [&](auto type) {
-    using P = typename decltype(type)::type;
-    reduce_parts(sums.data, parts.count, floats, n, static_cast<P*>(dw), num_threads);
-    if constexpr (kCentered) {
-      reduce_parts(sums.data + line_up(n), parts.count, floats, n, static_cast<P*>(db), num_threads);
-    }
-  });
+  const auto reduce = [&](const float* from, void* to) {
+    with_dtype(weight_dtype, [&](auto type) {
+      using P = typename decltype(type)::type;
+      if constexpr (kTwice<bf16> && !__is_same(P, f16)) {
+        if (two) return reduce_parts<true>(from, parts.count, floats, n, static_cast<P*>(to), num_threads);
+      }
+      reduce_parts(from, parts.count, floats, n, static_cast<P*>(to), num_threads);
+    });
+  };
+  reduce(sums.data, dw);
+  if constexpr (kCentered) reduce(sums.data + line_up(n), db);
 }
 
 }  // namespace

@@ -42,17 +42,41 @@ FG_INLINE auto each(const Function& f, A... a) {
   }
 }
 
-FG_INLINE F2 operator+(F2 a, F2 b) { return {a.even + b.even, a.odd + b.odd}; }
-FG_INLINE F2 operator-(F2 a, F2 b) { return {a.even - b.even, a.odd - b.odd}; }
-FG_INLINE F2 operator*(F2 a, F2 b) { return {a.even * b.even, a.odd * b.odd}; }
-FG_INLINE F2 operator-(F2 a, F b) { return {a.even - b, a.odd - b}; }
-FG_INLINE F2 operator*(F2 a, F b) { return {a.even * b, a.odd * b}; }
-FG_INLINE F2 fma(F2 a, F2 b, F2 c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
-FG_INLINE F2 fma(F2 a, F b, F c) { return {fma(a.even, b, c), fma(a.odd, b, c)}; }
+template <bool>
+struct OnlyIf {};
+template <>
+struct OnlyIf<true> {
+  using type = F2;
+};
+template <class... A>
+using IfAnyTwo = typename OnlyIf<kAnyTwo<A...>>::type;
+
+template <class A, class B>
+FG_INLINE IfAnyTwo<A, B> operator+(A a, B b) {
+  return {even(a) + even(b), odd(a) + odd(b)};
+}
+template <class A, class B>
+FG_INLINE IfAnyTwo<A, B> operator-(A a, B b) {
+  return {even(a) - even(b), odd(a) - odd(b)};
+}
+template <class A, class B>
+FG_INLINE IfAnyTwo<A, B> operator*(A a, B b) {
+  return {even(a) * even(b), odd(a) * odd(b)};
+}
+template <class A, class B, class C>
+FG_INLINE IfAnyTwo<A, B, C> fma(A a, B b, C c) {
+  return {fma(even(a), even(b), even(c)), fma(odd(a), odd(b), odd(c))};
+}
+template <class A, class B, class C>
+FG_INLINE IfAnyTwo<A, B, C> fnma(A a, B b, C c) {
+  return {fnma(even(a), even(b), even(c)), fnma(odd(a), odd(b), odd(c))};
+}
 
 // Into a running sum or maximum.
 FG_INLINE F add(F sum, F a) { return sum + a; }
 FG_INLINE F add(F sum, F2 a) { return sum + (a.even + a.odd); }
+FG_INLINE F add_product(F sum, F a, F b) { return fma(a, b, sum); }
+FG_INLINE F add_product(F sum, F2 a, F2 b) { return fma(a.even, b.even, fma(a.odd, b.odd, sum)); }
 FG_INLINE F raise(F best, F a) { return vmax(a, best); }
 FG_INLINE F raise(F best, F2 a) { return vmax(a.even, vmax(a.odd, best)); }
 
