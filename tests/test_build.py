@@ -149,6 +149,7 @@ def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
         ("cuda/vector.h", {"cuda"}),
         ("bind/cuda.cpp", {"cuda"}),
         ("bind/functions.h", {"cpu", "cuda"}),
+        ("bind/guard.h", {"cpu"}),
         ("common/dtype.h", {"cpu", "cuda"}),
     ],
 )

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "functions.h"
+#include "guard.h"
 
 namespace py = pybind11;
 
@@ -96,6 +97,53 @@ fg::bind::Call call_at_level(const fg::bind::Function& function) {
   return nullptr;
 }
 
+fg::bind::Guard& guard() {
+  static auto* only = new fg::bind::Guard;
+  return *only;
+}
+
+PyObject* is_plain(PyObject*, PyObject* values) {
+  if (!PyTuple_Check(values)) return PyErr_Format(PyExc_TypeError, "is_plain: expected a tuple");
+  const int plain = guard().plain(&PyTuple_GET_ITEM(values, 0), PyTuple_GET_SIZE(values));
+  return plain < 0 ? nullptr : PyBool_FromLong(plain);
+}
+
+PyObject* extremes(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  if (num_args != 2) return PyErr_Format(PyExc_TypeError, "extremes: expected an address and a count");
+  const auto* values = static_cast<const int64_t*>(PyLong_AsVoidPtr(args[0]));
+  const Py_ssize_t count = PyLong_AsSsize_t(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  if (count < 1) return PyErr_Format(PyExc_ValueError, "extremes: expected a value at least");
+  int64_t low = values[0], high = values[0];
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  return Py_BuildValue("LL", static_cast<long long>(low), static_cast<long long>(high));
+}
+
+template <class F>
+PyCFunction method(F* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+template <PyObject* (fg::bind::Guard::*ask)(PyObject*, PyObject* const*, Py_ssize_t) const>
+PyObject* of_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(args[1]))
+    return PyErr_Format(PyExc_TypeError, "expected an op and a tuple");
+  return (guard().*ask)(args[0], &PyTuple_GET_ITEM(args[1], 0), PyTuple_GET_SIZE(args[1]));
+}
+
+PyMethodDef guard_methods[] = {
+    {"is_plain", is_plain, METH_O, "is_plain(values): whether nothing but a plain eager call is going on."},
+    {"signature", method(of_call<&fg::bind::Guard::signature>), METH_FASTCALL,
+     "signature(op, values): bytes that identify a call, or None: see guard.h."},
+    {"recall", method(of_call<&fg::bind::Guard::recall>), METH_FASTCALL,
+     "recall(op, values): (run, backend, arguments) of a call like one before: see guard.h."},
+    {"extremes", method(extremes), METH_FASTCALL,
+     "extremes(address, count): the least and the largest of so many int64, with the GIL held: for few."},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -106,5 +154,19 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_isa", &set_isa, py::arg("name"), "Use this SIMD level from now on, in every thread.");
   module.def("prefers_bf16_pairs", &prefers_bf16_pairs,
              "Whether pairs of bf16 are multiplied faster than fp32 here.");
+  module.def(
+      "watch",
+      [](py::object tensor, py::object parameter, py::object grad_enabled, py::object any_autocast,
+         py::object strided, const py::tuple& modes) {
+        guard().watch(tensor, parameter, grad_enabled, any_autocast, strided, modes);
+      },
+      "Tell is_plain, signature and recall of torch: see guard.h.");
+  module.def(
+      "watch_plans",
+      [](const py::dict& plans, const py::dict& usable, const py::dict& direct) {
+        guard().watch_plans(plans, usable, direct);
+      },
+      "Tell recall where to look: see guard.h.");
+  if (PyModule_AddFunctions(module.ptr(), guard_methods) != 0) throw py::error_already_set();
   fg::bind::add_functions<call_at_level>(module);
 }

@@ -13,16 +13,13 @@ from typing import Any
 
 import torch
 
+from fastgpt._core.guard import plain_eager
 from fastgpt._core.spec import OpSpec
 
 _LIBRARY = torch.library.Library("fastgpt", "DEF")
 _DIRECT: dict[str, Callable[..., Any]] = {}
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # by device type
-
-# Exact types only: a subclass (FakeTensor, DTensor, FunctionalTensor, ...) may hold no memory of its own.
-_TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
-_PLAIN_TYPES = _TENSOR_TYPES | {type(None), bool, int, float, str}
 
 
 def define(spec: OpSpec, backend: str, module: ModuleType, devices: Sequence[str]) -> None:
@@ -58,20 +55,3 @@ def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(args[0].new_empty(0) if result is None else result for result in results)
 
     return run
-
-
-def plain_eager(args: tuple[Any, ...]) -> bool:
-    """True if nothing but an ordinary eager call could be going on, so that raw pointers are safe to take."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or not _PLAIN_TYPES.issuperset(
-        map(type, args)
-    ):
-        return False
-    for arg in args:  # noqa: SIM110 (a generator costs half a microsecond)
-        # Memory that does not hold what the tensor says.
-        if type(arg) in _TENSOR_TYPES and (arg.is_neg() or arg._is_zerotensor()):
-            return False
-    return True

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -29,12 +27,6 @@ _DEVICES = {"cpu": ("cpu",)} | {
     name: ("cuda", "cpu") if emulated else ("cuda",) for name, emulated in EMULATED.items()
 }
 _noted: set[str] = set()
-
-# From a checkout that was not installed, the kernels' source root lies beside this package.
-if importlib.util.find_spec("fastgpt_kernels") is None:
-    _SOURCE_ROOT = Path(__file__).resolve().parents[2] / "kernels"
-    if (_SOURCE_ROOT / "fastgpt_kernels").is_dir():
-        sys.path.append(str(_SOURCE_ROOT))
 
 
 def register(spec: OpSpec) -> OpSpec:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt._core.library import plain_eager
+from fastgpt._core.guard import extremes, plain_eager
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What may stand beside an input of a dtype where the numerics contract lets the two differ.
@@ -146,10 +146,14 @@ def integers(
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {value.dtype}")
     shape(name, value, expected)
     same_device(name, value, other_name, other)
-    if readable(value) and value.numel():
-        low, high = int(value.min()), int(value.max())
-        if low < least or high > most:
-            raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
+    between(name, value, least, most)
+
+
+def between(name: str, value: Tensor, least: int, most: int) -> None:
+    """The values of an integer tensor lie in [least, most], where they can be looked at."""
+    found = extremes(value)
+    if found is not None and (found[0] < least or found[1] > most):
+        raise ValueError(f"{name}: expected values from {least} to {most}, got {found[0]} to {found[1]}")
 
 
 def readable(value: Tensor) -> bool:

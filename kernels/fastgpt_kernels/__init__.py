@@ -32,7 +32,8 @@ def source_hash(csrc: Path, target: str) -> str:
     """
     files = [p for folder in (target, "common") for p in (csrc / folder).rglob("*")]
     files = [p for p in files if p.suffix in (".cpp", ".cu", ".h")]
-    files += [csrc / "bind" / name for name in (f"{target}.cpp", "functions.h", "tables.h")]
+    bind = ("functions.h", "tables.h", *(("guard.h",) if target == "cpu" else ()))
+    files += [csrc / "bind" / name for name in (f"{target}.cpp", *bind)]
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda p: p.relative_to(csrc).as_posix()):
         content = path.read_bytes()
