@@ -14,13 +14,32 @@ import torch
 Allocator = Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor]
 
 _wrapper: Allocator | None = None
+_empty_like, _FP32 = torch.empty_like, torch.float32
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised contiguous tensor of `shape`. One dimension is cheaper to make from an int."""
+    """An uninitialised contiguous tensor of `shape`."""
     if _wrapper is not None:
         return _wrapper((shape,) if isinstance(shape, int) else shape, dtype, device)
-    return torch.empty(shape, dtype=dtype, device=device)
+    if isinstance(shape, int):
+        return torch.empty(shape, dtype=dtype, device=device)
+    if not shape:
+        return torch.empty_strided((), (), dtype=dtype, device=device)
+    return torch.empty(*shape, dtype=dtype, device=device)  # as a tuple it costs half a microsecond more
+
+
+def new(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """`empty` with the dtype and device of `like`."""
+    if _wrapper is not None:
+        return _wrapper(shape, like.dtype, like.device)
+    return like.new_empty(*shape)
+
+
+def fp32_rows(like: torch.Tensor, rows: int) -> torch.Tensor:
+    """`empty` [rows] in fp32 on the device of `like`: statistics."""
+    if _wrapper is None and like.dtype is _FP32:
+        return like.new_empty(rows)
+    return empty(rows, _FP32, like.device)
 
 
 def empty_like(like: torch.Tensor) -> torch.Tensor:
@@ -28,8 +47,8 @@ def empty_like(like: torch.Tensor) -> torch.Tensor:
     if _wrapper is not None:
         return _wrapper(like.shape, like.dtype, like.device)
     if like.is_contiguous():
-        return torch.empty_like(like)
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return _empty_like(like)
+    return _empty_like(like, memory_format=torch.contiguous_format)
 
 
 def heads_inside(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -49,7 +49,7 @@ def attention_fwd(
     pointers, shapes, masks, (threshold, keep_scale) = call
     kernels.attention_fwd(
         *pointers, out.data_ptr(), lse.data_ptr(), *shapes, *masks, scale, softcap, min(window_left, _FAR),
-        min(window_right, _FAR), threshold, keep_scale, DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
+        min(window_right, _FAR), threshold, keep_scale, DTYPE_CODES[q.dtype], PAIRS, get_num_threads(),
     )  # fmt: skip
     del alive
     return out, lse
@@ -89,7 +89,7 @@ def attention_bwd(
             *pointers, dout.data_ptr(), out.data_ptr(), lse.data_ptr(), _at(dlse), *(g.data_ptr() for g in grads),
             *shapes, *(step for x in (dout, out, *grads) for step in x.stride()[:3]), *masks, scale, softcap,
             min(window_left, _FAR), min(window_right, _FAR), threshold, keep_scale, _at(dmask), *dmask_shape,
-            DTYPE_CODES[q.dtype], PAIRS, torch.get_num_threads(),
+            DTYPE_CODES[q.dtype], PAIRS, get_num_threads(),
         )  # fmt: skip
         del alive
     found_dmask = None if dmask is None or mask is None else dmask.to(mask.dtype)

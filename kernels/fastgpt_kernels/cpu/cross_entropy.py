@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -23,16 +23,17 @@ def cross_entropy_fwd(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, lse, count): lse of the targets' shape; count, of the targets that count, for the mean."""
-    cols, device = logits.shape[-1], logits.device
+    cols = logits.shape[-1]
     logits, stride = rows_of(logits, cols)
     targets = targets.contiguous()
+    device = logits.device
     lse = memory.empty(targets.shape, torch.float32, device)
     loss = memory.empty((), torch.float32, device) if reduction != "none" else memory.empty_like(lse)
     count = memory.empty((), torch.float32, device) if reduction == "mean" else None
     kernels.cross_entropy_fwd(
         logits.data_ptr(), targets.data_ptr(), loss.data_ptr(), lse.data_ptr(),
         0 if count is None else count.data_ptr(), targets.numel(), cols, stride, DTYPE_CODES[logits.dtype],
-        ignore_index, label_smoothing, _REDUCTIONS[reduction], torch.get_num_threads(),
+        ignore_index, label_smoothing, _REDUCTIONS[reduction], get_num_threads(),
     )  # fmt: skip
     return loss, lse, count
 
@@ -55,6 +56,6 @@ def cross_entropy_bwd(
     kernels.cross_entropy_bwd(
         dloss.data_ptr(), logits.data_ptr(), targets.data_ptr(), lse.data_ptr(),
         0 if count is None else count.data_ptr(), dlogits.data_ptr(), targets.numel(), cols, stride,
-        DTYPE_CODES[logits.dtype], ignore_index, label_smoothing, _REDUCTIONS[reduction], torch.get_num_threads(),
+        DTYPE_CODES[logits.dtype], ignore_index, label_smoothing, _REDUCTIONS[reduction], get_num_threads(),
     )  # fmt: skip
     return dlogits

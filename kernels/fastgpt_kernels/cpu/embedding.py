@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -33,10 +33,10 @@ def embedding_fwd(
             positions = positions.expand(shape).contiguous()
             positions_at = positions.data_ptr()
     tokens = tokens.contiguous()
-    out = memory.empty((*shape, n), dtype, token_weight.device)
+    out = memory.new(token_weight, *shape, n)
     kernels.embedding_fwd(
         token_weight.data_ptr(), tokens.data_ptr(), position_at, positions_at, out.data_ptr(), tokens.numel(),
-        shape[-1], n, rows, token_stride, position_rows, position_stride, DTYPE_CODES[dtype], torch.get_num_threads(),
+        shape[-1], n, rows, token_stride, position_rows, position_stride, DTYPE_CODES[dtype], get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -67,9 +67,9 @@ def _scattered(
 ) -> Tensor:
     """[rows, n]; index None: 0 to T - 1 along the last dimension of shape."""
     n = dout.shape[-1]
-    dweight = memory.empty((rows, n), dout.dtype, dout.device)
+    dweight = memory.new(dout, rows, n)
     kernels.embedding_bwd(
         dout.data_ptr(), 0 if index is None else index.data_ptr(), dweight.data_ptr(), shape.numel(), shape[-1], n,
-        rows, stride, left_out, DTYPE_CODES[dout.dtype], torch.get_num_threads(),
+        rows, stride, left_out, DTYPE_CODES[dout.dtype], get_num_threads(),
     )  # fmt: skip
     return dweight

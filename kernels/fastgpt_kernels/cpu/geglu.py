@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -25,7 +24,7 @@ def geglu_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     up, up_stride = rows_of(up, n)
     kernels.geglu_fwd(
         gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), n, gate_stride, up_stride,
-        DTYPE_CODES[y.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
+        DTYPE_CODES[y.dtype], _ACTIVATIONS[activation], get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -47,6 +46,6 @@ def geglu_bwd(
     up, up_stride = rows_of(up, n)
     kernels.geglu_bwd(
         dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate_at, dup_at, gate.numel(), n, dy_stride, gate_stride,
-        up_stride, DTYPE_CODES[gate.dtype], _ACTIVATIONS[activation], torch.get_num_threads(),
+        up_stride, DTYPE_CODES[gate.dtype], _ACTIVATIONS[activation], get_num_threads(),
     )  # fmt: skip
     return dgate, dup

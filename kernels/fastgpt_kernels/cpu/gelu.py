@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -28,7 +27,7 @@ def gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         rows = rows // n if n else 0
     kernels.gelu_fwd(
         x.data_ptr(), bias_at, y.data_ptr(), rows, n, DTYPE_CODES[x.dtype], _APPROXIMATE[approximate],
-        torch.get_num_threads(),
+        get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -52,6 +51,6 @@ def gelu_bwd(
             dbias_at = dbias.data_ptr()
     kernels.gelu_bwd(
         dy.data_ptr(), x.data_ptr(), bias_at, dx_at, dbias_at, rows, n, DTYPE_CODES[x.dtype],
-        _APPROXIMATE[approximate], torch.get_num_threads(),
+        _APPROXIMATE[approximate], get_num_threads(),
     )  # fmt: skip
     return dx, dbias

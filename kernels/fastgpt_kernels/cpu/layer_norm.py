@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -21,13 +20,13 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, stream, mean, rstd)."""
-    n = x.shape[-1]
-    rows = x.numel() // n if n else x.shape[:-1].numel()
-    dtype = x.dtype
+    shape, code = x.shape, DTYPE_CODES[x.dtype]
+    n = shape[-1]
+    rows = x.numel() // n if n else shape[:-1].numel()
     x_rows, x_stride = rows_of(x, n)
     y = memory.empty_like(x)
-    mean = memory.empty(rows, torch.float32, x.device)
-    rstd = memory.empty_like(mean)
+    mean = memory.fp32_rows(x, rows)
+    rstd = memory.fp32_rows(x, rows)
     stream = None
     residual_at = stream_at = residual_stride = residual_code = 0
     if residual is not None:
@@ -35,13 +34,16 @@ def layer_norm_fwd(
         stream = memory.empty_like(residual)
         residual_at, stream_at = residual.data_ptr(), stream.data_ptr()
         residual_code = DTYPE_CODES[residual.dtype]
-    weight, weight_at = address_of(weight)
-    bias, bias_at = address_of(bias)
-    parameter = weight if weight is not None else bias
+    weight_at = bias_at = parameter_code = 0
+    if weight is not None:
+        weight = weight.contiguous()
+        weight_at, parameter_code = weight.data_ptr(), DTYPE_CODES[weight.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at, parameter_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
     kernels.layer_norm_fwd(
         x_rows.data_ptr(), residual_at, weight_at, bias_at, y.data_ptr(), stream_at, mean.data_ptr(), rstd.data_ptr(),
-        rows, n, x_stride, residual_stride, DTYPE_CODES[dtype], residual_code,
-        0 if parameter is None else DTYPE_CODES[parameter.dtype], eps, torch.get_num_threads(),
+        rows, n, x_stride, residual_stride, code, residual_code, parameter_code, eps, get_num_threads(),
     )  # fmt: skip
     return y, stream, mean, rstd
 
@@ -86,6 +88,6 @@ def layer_norm_bwd(
     kernels.layer_norm_bwd(
         dy.data_ptr(), dstream_at, x.data_ptr(), weight_at, mean.data_ptr(), rstd.data_ptr(), dx_at, dresidual_at,
         dw_at, db_at, rows, n, dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
-        0 if parameter is None else DTYPE_CODES[parameter.dtype], torch.get_num_threads(),
+        0 if parameter is None else DTYPE_CODES[parameter.dtype], get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dw, db

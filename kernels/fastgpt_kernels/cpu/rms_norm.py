@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -24,7 +23,7 @@ def rms_norm_fwd(
     dtype = x.dtype
     x_rows, x_stride = rows_of(x, n)
     y = memory.empty_like(x)
-    rstd = memory.empty(rows, torch.float32, x.device)
+    rstd = memory.fp32_rows(x, rows)
     stream = None
     residual_at = stream_at = residual_stride = residual_code = 0
     if residual is not None:
@@ -36,7 +35,7 @@ def rms_norm_fwd(
     kernels.rms_norm_fwd(
         x_rows.data_ptr(), residual_at, weight_at, y.data_ptr(), stream_at, rstd.data_ptr(), rows, n, x_stride,
         residual_stride, DTYPE_CODES[dtype], residual_code, 0 if weight is None else DTYPE_CODES[weight.dtype], eps,
-        torch.get_num_threads(),
+        get_num_threads(),
     )  # fmt: skip
     return y, stream, rstd
 
@@ -72,6 +71,6 @@ def rms_norm_bwd(
     kernels.rms_norm_bwd(
         dy.data_ptr(), dstream_at, x.data_ptr(), weight_at, rstd.data_ptr(), dx_at, dresidual_at, dw_at, rows, n,
         dy_stride, x_stride, DTYPE_CODES[dtype], DTYPE_CODES[x.dtype],
-        0 if weight is None else DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+        0 if weight is None else DTYPE_CODES[weight.dtype], get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dw

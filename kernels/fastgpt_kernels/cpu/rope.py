@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
@@ -43,7 +42,7 @@ def _rotate(
     kernels.rope(
         *q_args, *k_args, cos.data_ptr(), *_table_strides(cos), sin.data_ptr(), *_table_strides(sin),
         batch, length, width, cos.shape[-1], DTYPE_CODES[one.dtype], DTYPE_CODES[cos.dtype], int(interleaved), sign,
-        torch.get_num_threads(),
+        get_num_threads(),
     )  # fmt: skip
     return q_out, k_out
 
@@ -54,7 +53,7 @@ def _side(x: Tensor | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ..
         return None, None, _ABSENT
     batch, heads, length, width = x.shape
     x = _adjacent(x)
-    out = memory.empty((batch, length, heads, width), x.dtype, x.device)
+    out = memory.new(x, batch, length, heads, width)
     batch_stride, head_stride, position_stride, _ = x.stride()
     args = (x.data_ptr(), out.data_ptr(), heads, batch_stride, head_stride, position_stride)
     return x, out.transpose(1, 2), args
