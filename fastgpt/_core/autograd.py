@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a call with these tensors.
+def needs_graph(args: tuple[Any, ...]) -> bool:
+    """Whether autograd has to know of a call with these arguments.
 
     Inside a dual level it always has: a Function says that it knows no forward mode, a kernel would drop the tangent.
     """
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         return True
     if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
                 return True
     return False
 

@@ -182,4 +182,4 @@ def _note_reference(spec: OpSpec, args: tuple[Any, ...]) -> None:
         raise BackendError(f"{message}; FASTGPT_STRICT=1 forbids it")
     if (spec.name, why) not in _warned:
         _warned.add((spec.name, why))
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -6,6 +6,7 @@ backend (`dispatch.py`), the generated tests (`fastgpt.testing`) and the benchma
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ class OpSpec:
 
     name: the stem of all its files.
     function: the public function, `function(**inputs, backend=...)`.
-    prepare: public signature without `backend`; validates, applies autocast, returns the arguments of `fwd`.
+    prepare: public signature without `backend`; validates, applies autocast, returns the arguments of `fwd`. What it
+        comes to is remembered (`plan.py`): what a tensor holds is checked by `function`, on every call.
     reference: the definition in plain PyTorch, differentiable, exact in fp64; `reference(**inputs)`.
     condition: `condition(inputs, grads)` in fp64, where inputs are the keyword arguments of `function` and
         grads the gradients of its outputs by name; returns a `Condition` per output ("y") and per gradient
@@ -128,6 +130,7 @@ class OpSpec:
     kernels: the op whose entries this one calls, where it has none of its own ("attention_qkv": "attention").
     rule: None, or a pure function of the prepared arguments (dtype, widths and options; never the row count):
         the backend to put first for this call, or None.
+    positional, keywords: of `prepare`'s parameters how many are positional, and the names of the others.
     """
 
     name: str
@@ -150,6 +153,14 @@ class OpSpec:
     rule: Callable[..., str | None] | None = None
     kernels: str = ""
     cpu_cases: tuple[Case, ...] | None = None
+    positional: int = field(init=False)
+    keywords: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kinds = {name: p.kind for name, p in inspect.signature(self.prepare).parameters.items()}
+        keywords = tuple(name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY)
+        object.__setattr__(self, "keywords", keywords)
+        object.__setattr__(self, "positional", len(kinds) - len(keywords))
 
     @property
     def suite_cpu(self) -> tuple[Case, ...]:

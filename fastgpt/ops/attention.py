@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import Planned, planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Entry, OpSpec
 from fastgpt.ops import attention_cases
@@ -71,33 +72,22 @@ def attention(
     Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1; tiled as in Dao, "FlashAttention-2" (2023).
     """
     rng = validate.drawn_rng(q, dropout_p, rng)
-    args = _prepare(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        softcap=softcap,
-        kv_lengths=kv_lengths,
-        dropout_p=dropout_p,
-        rng=rng,
-        return_lse=return_lse,
-    )
-    out, lse = run(choose(SPEC, args, backend), args)
+    options = causal, scale, mask, alibi_slopes, window, softcap, kv_lengths, dropout_p, rng, return_lse
+    plan = planned(SPEC, backend, (q, k, v, *options))
+    if kv_lengths is not None:
+        validate.between("kv_lengths", kv_lengths, 0, k.shape[2])
+    out, lse = attend(plan)
     return (out, lse) if return_lse else out
 
 
-def run(backend: str, args: tuple[Any, ...], qkv: Tensor | None = None, heads: int = 0) -> Any:
-    """(out, lse) of prepared arguments. With `qkv` its gradient is one tensor; q, k and v are then views of it."""
-    q, k, v, mask, *_, need_lse = args
-    if needs_graph(q, k, v, mask):
-        inputs = (q, k, v) if qkv is None else (qkv, None, None)
+def attend(plan: Planned, qkv: Tensor | None = None, heads: int = 0) -> Any:
+    """(out, lse) of a planned call. With `qkv` its gradient is one tensor; q, k and v are then views of it."""
+    run, backend, args = plan
+    if run is None:
+        inputs = args[:3] if qkv is None else (qkv, None, None)
         found = apply(Attention, backend, heads, *inputs, *args[3:])
-        return found if need_lse else (found, None)
-    return call("attention_fwd", backend, *args)
+        return found if args[-1] else (found, None)
+    return run(*args)
 
 
 class Attention(torch.autograd.Function):

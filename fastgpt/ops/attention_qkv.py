@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.dispatch import Backend
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, OpSpec
 from fastgpt.ops import attention_cases
 from fastgpt.ops.attention import SPEC as ATTENTION
-from fastgpt.ops.attention import prepare_options, run
+from fastgpt.ops.attention import attend, prepare_options
 from fastgpt.reference import attention_qkv as reference
 from fastgpt.reference.attention import Window
 
@@ -52,21 +53,8 @@ def attention_qkv(
     rng = validate.drawn_rng(qkv, dropout_p, rng)
     if isinstance(qkv, Tensor) and qkv.is_floating_point():
         (qkv,) = validate.autocast(qkv)
-    args = _prepare(
-        qkv,
-        num_heads,
-        causal=causal,
-        scale=scale,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        softcap=softcap,
-        kv_lengths=kv_lengths,
-        dropout_p=dropout_p,
-        rng=rng,
-        return_lse=return_lse,
-    )
-    out, lse = run(choose(SPEC, args, backend), args, qkv, num_heads)
+    options = causal, scale, mask, alibi_slopes, window, softcap, kv_lengths, dropout_p, rng, return_lse
+    out, lse = attend(planned(SPEC, backend, (qkv, num_heads, *options)), qkv, num_heads)
     return (out, lse) if return_lse else out
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.dispatch import Backend
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, OpSpec
 from fastgpt.ops import attention_cases
 from fastgpt.ops.attention import SPEC as ATTENTION
-from fastgpt.ops.attention import prepare_options, run
+from fastgpt.ops.attention import attend, prepare_options
 from fastgpt.reference import attention_varlen as reference
 from fastgpt.reference.attention import Window
 
@@ -59,26 +60,9 @@ def attention_varlen(
             looked at on a CPU only (elsewhere that would wait for the device); what they hold must be true.
     """
     rng = validate.drawn_rng(q, dropout_p, rng)
-    args = _prepare(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=causal,
-        scale=scale,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        window=window,
-        softcap=softcap,
-        kv_lengths=kv_lengths,
-        dropout_p=dropout_p,
-        rng=rng,
-        return_lse=return_lse,
-    )
-    out, lse = run(choose(SPEC, args, backend), args)
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+    options = causal, scale, mask, alibi_slopes, window, softcap, kv_lengths, dropout_p, rng, return_lse
+    out, lse = attend(planned(SPEC, backend, (*tensors, max_seqlen_q, max_seqlen_k, *options)))
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
+from fastgpt._core.guard import extremes
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import cross_entropy as reference
@@ -52,13 +54,11 @@ def cross_entropy(
     Backward reads the logits once more, beside the one saved number a row, their log-sum-exp (in one pass: Milakov,
     Gimelshein, "Online normalizer calculation for softmax", 2018).
     """
-    args = _prepare(
-        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
-    )
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(logits):
+    run, chosen, args = planned(SPEC, backend, (logits, targets, ignore_index, label_smoothing, reduction))
+    _check_values(targets, logits.shape[-1], ignore_index)
+    if run is None:
         return apply(_CrossEntropy, chosen, *args)
-    return call("cross_entropy_fwd", chosen, *args)[0]
+    return run(*args)[0]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -119,15 +119,12 @@ def _prepare(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= s <= 1, got {label_smoothing}")
     validate.choice("reduction", reduction, REDUCTIONS)
-    _check_values(targets, logits.shape[-1], ignore_index)
     return logits, targets, ignore_index, label_smoothing, reduction
 
 
 def _check_values(targets: Tensor, classes: int, ignore_index: int) -> None:
-    if not validate.readable(targets) or not targets.numel():
-        return
-    low, high = targets.aminmax()
-    if low.item() >= 0 and high.item() < classes:
+    found = extremes(targets)
+    if found is None or (found[0] >= 0 and found[1] < classes):
         return
     wrong = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
     if wrong.numel():

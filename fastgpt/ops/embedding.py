@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import embedding as reference
@@ -49,12 +50,16 @@ def embedding(
             out of range there reads nothing outside the weights: on the backends cpu and triton its row becomes NaN,
             and it adds to no gradient; PyTorch's own op (backend torch) raises its own error.
     """
-    args = _prepare(tokens, token_weight, position_weight, positions=positions, padding_idx=padding_idx)
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(token_weight, position_weight):
+    run, chosen, args = planned(
+        SPEC, backend, (tokens, token_weight, position_weight, positions, padding_idx)
+    )
+    validate.between("tokens", tokens, 0, token_weight.shape[0] - 1)
+    if positions is not None and position_weight is not None:
+        validate.between("positions", positions, 0, position_weight.shape[0] - 1)
+    if run is None:
         padding = -1 if padding_idx is None else padding_idx % token_weight.shape[0]
         return apply(_Embedding, chosen, padding, *args)
-    return call("embedding_fwd", chosen, *args)
+    return run(*args)
 
 
 class _Embedding(torch.autograd.Function):
@@ -124,7 +129,7 @@ def _prepare(
     vocab_size, width = token_weight.shape
     if isinstance(tokens, Tensor) and tokens.dim() == 0:
         raise ValueError("tokens: expected at least one dimension, got a scalar")
-    _check_index("tokens", tokens, token_weight, vocab_size)
+    _check_index("tokens", tokens, token_weight)
     if padding_idx is not None and (
         isinstance(padding_idx, bool)
         or not isinstance(padding_idx, int)
@@ -154,7 +159,7 @@ def _prepare(
                 f" got {tokens.shape[-1]}"
             )
         return token_weight, tokens, position_weight, None
-    _check_index("positions", positions, token_weight, num_positions)
+    _check_index("positions", positions, token_weight)
     shape = positions.shape
     missing = tokens.dim() - len(shape)
     if missing < 0 or any(
@@ -172,16 +177,12 @@ def _check_weight(name: str, weight: Any) -> None:
         raise ValueError(f"{name}: expected [rows, C], got shape {tuple(weight.shape)}")
 
 
-def _check_index(name: str, index: Any, weight: Tensor, rows: int) -> None:
+def _check_index(name: str, index: Any, weight: Tensor) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(index).__name__}")
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected torch.int64, got {index.dtype}")
     validate.same_device(name, index, "token_weight", weight)
-    if validate.readable(index) and index.numel():
-        low, high = (int(value) for value in index.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(f"{name}: expected values from 0 to {rows - 1}, got {low} to {high}")
 
 
 def _fwd_fake(

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import geglu as reference
@@ -36,19 +37,15 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none", backend: Backe
 
     Shazeer, "GLU variants improve Transformer" (arXiv:2002.05202).
     """
-    args = _prepare(gate, up, approximate=approximate)
-    return run(choose(SPEC, args, backend), args, reference.geglu)
+    run, chosen, args = planned(SPEC, backend, (gate, up, approximate))
+    if run is None:
+        return apply(GatedUnit, chosen, reference.geglu, *args)
+    return run(*args)
 
 
-def run(backend: str, args: tuple[Tensor, Tensor, str], definition: Callable[..., Tensor]) -> Tensor:
-    """The entries of `geglu` on prepared arguments; `definition(gate, up)` is what double backward goes through."""
-    gate, up, activation = args
-    if needs_graph(gate, up):
-        return apply(_GatedUnit, backend, definition, gate, up, activation)
-    return call("geglu_fwd", backend, gate, up, activation)
+class GatedUnit(torch.autograd.Function):
+    """`definition(gate, up)` is what double backward goes through."""
 
-
-class _GatedUnit(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: str, definition: Callable[..., Tensor], gate: Tensor, up: Tensor, activation: str

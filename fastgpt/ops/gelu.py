@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import gelu as reference
@@ -36,11 +37,10 @@ def gelu(
 
     Hendrycks, Gimpel, "Gaussian Error Linear Units" (2016).
     """
-    args = _prepare(x, bias, approximate=approximate)
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(x, bias):
+    run, chosen, args = planned(SPEC, backend, (x, bias, approximate))
+    if run is None:
         return apply(_GELU, chosen, *args)
-    return call("gelu_fwd", chosen, *args)
+    return run(*args)
 
 
 class _GELU(torch.autograd.Function):

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import layer_norm as reference
@@ -46,11 +47,10 @@ def layer_norm(
 
     Ba, Kiros, Hinton, "Layer Normalization" (2016).
     """
-    args = _prepare(x, weight, bias, eps, residual=residual)
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(x, weight, bias, residual):
+    run, chosen, args = planned(SPEC, backend, (x, weight, bias, eps, residual))
+    if run is None:
         return apply(_LayerNorm, chosen, *args)
-    y, stream, _, _ = call("layer_norm_fwd", chosen, *args)
+    y, stream, _, _ = run(*args)
     return y if residual is None else (y, stream)
 
 

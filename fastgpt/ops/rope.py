@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, backward_through, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, backward_through, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.reference import rope as reference
@@ -45,11 +46,10 @@ def rope(
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv:2104.09864), section 3.2.2.
     """
-    args = _prepare(q, k, cos, sin, interleaved=interleaved)
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(q, k):
+    run, chosen, args = planned(SPEC, backend, (q, k, cos, sin, interleaved))
+    if run is None:
         return apply(_Rope, chosen, *args)
-    return call("rope_fwd", chosen, *args)
+    return run(*args)
 
 
 class _Rope(torch.autograd.Function):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgpt._core import validate
-from fastgpt._core.autograd import apply, double_backward_wanted, needs_graph
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply, double_backward_wanted
+from fastgpt._core.dispatch import Backend
 from fastgpt._core.library import call
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec, row_cases
 from fastgpt.reference import softmax as reference
@@ -47,11 +48,10 @@ def softmax(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     rng = validate.drawn_rng(x, dropout_p, rng)
-    args = _prepare(x, scale=scale, mask=mask, causal=causal, dropout_p=dropout_p, rng=rng)
-    chosen = choose(SPEC, args, backend)
-    if needs_graph(x, mask):
+    run, chosen, args = planned(SPEC, backend, (x, scale, mask, causal, dropout_p, rng))
+    if run is None:
         return apply(_Softmax, chosen, *args)
-    return call("softmax_fwd", chosen, *args)[0]
+    return run(*args)[0]
 
 
 class _Softmax(torch.autograd.Function):

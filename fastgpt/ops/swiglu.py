@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt._core.dispatch import Backend, choose
+from fastgpt._core.autograd import apply
+from fastgpt._core.dispatch import Backend
+from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, OpSpec
 from fastgpt.ops.geglu import SPEC as GEGLU
-from fastgpt.ops.geglu import cost, make_halves, prepare_halves, run
+from fastgpt.ops.geglu import GatedUnit, cost, make_halves, prepare_halves
 from fastgpt.reference import swiglu as reference
 
 
@@ -30,8 +32,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Backend = None) -> Tensor:
 
     Shazeer, "GLU variants improve Transformer" (arXiv:2002.05202).
     """
-    args = _prepare(gate, up)
-    return run(choose(SPEC, args, backend), args, reference.swiglu)
+    run, chosen, args = planned(SPEC, backend, (gate, up))
+    if run is None:
+        return apply(GatedUnit, chosen, reference.swiglu, *args)
+    return run(*args)
 
 
 def _prepare(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, str]:
