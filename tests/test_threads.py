@@ -1,10 +1,11 @@
-"""The number of threads changes no bit of what the C++ kernels give."""
+"""The number of threads changes no bit of what the C++ kernels give; forked children and threads may call them."""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from op_cases import OPS, backends, check, problem
 
+from fastgpt import ops
 from fastgpt._core import registry
 from fastgpt._core.spec import Case
 from fastgpt.testing.inputs import results
@@ -105,6 +107,54 @@ def test_the_number_of_threads_changes_no_bit(op: str, case: Case) -> None:
             assert same_bits(value, found[2][name]), f"3 threads: {dtype} {name}"
     report = check(op, backend="cpu", dtypes=["bf16" if case.mixed else "fp32"], cases=[case])
     assert report.ok, report
+
+
+class Normed(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return ops.layer_norm(self.x[i], backend="cpu")  # torch's own ops would wait with two threads
+
+
+def test_kernels_run_in_the_workers_of_a_data_loader() -> None:
+    """They are forked from a process whose OpenMP threads they believe in."""
+    torch.set_num_threads(2)
+    data = Normed(torch.randn(4, 600, 96))
+    here = [data[i] for i in range(4)]  # OpenMP's threads are there now
+    for workers_threads in (1, 2):
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_size=None,
+            num_workers=2,
+            timeout=60,
+            worker_init_fn=functools.partial(_use_threads, workers_threads),
+            multiprocessing_context="fork",
+        )
+        for ours, theirs in zip(here, loader, strict=True):
+            assert same_bits(ours, theirs)
+
+
+def _use_threads(count: int, worker: int) -> None:
+    torch.set_num_threads(count)
+
+
+def test_kernels_run_in_several_python_threads_at_once() -> None:
+    """Each has OpenMP threads of its own, and one of torch's parallel regions may be around a call."""
+    torch.set_num_threads(2)
+    x = torch.randn(8, 600, 96, requires_grad=True)
+
+    def work(i: int) -> list[torch.Tensor]:
+        y = ops.softmax(ops.layer_norm(x[i], backend="cpu"), causal=True, backend="cpu")
+        return [y, *torch.autograd.grad(y.square().sum(), x)]
+
+    alone = [work(i) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(alone, pool.map(work, range(8)), strict=True):
+            assert all(map(same_bits, ours, theirs))
 
 
 def _parallel_elements() -> int:

@@ -1,5 +1,6 @@
 // fastgpt_kernels._cpu: the C++ kernels, and the choice of the SIMD level. Compiled for the baseline CPU:
 // nothing here may run an instruction the machine lacks.
+#include <pthread.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -9,6 +10,10 @@
 #include "guard.h"
 
 namespace py = pybind11;
+
+namespace fg {
+bool in_forked_child = false;  // csrc/cpu/parallel.h
+}
 
 namespace {
 
@@ -149,6 +154,7 @@ PyMethodDef guard_methods[] = {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The C++ kernels of fastgpt, compiled once per SIMD level.";
   choose_first_level();
+  pthread_atfork(nullptr, nullptr, [] { fg::in_forked_child = true; });
   module.def("isa", [] { return std::string(fg::levels[level_in_use()]); }, "The SIMD level in use.");
   module.def("isas", &isas, "The SIMD levels this CPU can run, ascending.");
   module.def("set_isa", &set_isa, py::arg("name"), "Use this SIMD level from now on, in every thread.");

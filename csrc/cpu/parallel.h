@@ -5,6 +5,15 @@
 #include <cstdint>
 #include <cstdlib>
 
+namespace fg {
+
+// Whether this process was forked after the module was loaded (bind/cpu.cpp). libgomp believes that the
+// threads of the parent are still there and waits for them for ever, so that a child computes with one: the
+// results are the same.
+extern bool in_forked_child;
+
+}  // namespace fg
+
 namespace fg::FG_LEVEL {
 
 // Below this many elements a second thread costs more (a few microseconds) than it saves.
@@ -24,7 +33,8 @@ template <class Body>
 inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads,
                             const Body& body) {
   const int64_t chunks = ceil_div(count, chunk);
-  const int threads = elements < kParallelElements ? 1 : static_cast<int>(min_of(chunks, num_threads));
+  const bool alone = elements < kParallelElements || in_forked_child;
+  const int threads = alone ? 1 : static_cast<int>(min_of(chunks, num_threads));
   if (threads <= 1) {  // no OpenMP region: entering one costs more than a small tensor
     for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
     return;
