@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     import fastgpt
-    from benchmarks import environment, report, suites
+    from benchmarks import buffers, environment, report, suites
 
     options = parse(arguments)
     if options.allocator == "both":  # a process cannot go back: one for each
@@ -47,8 +47,11 @@ def run(arguments: list[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     torch.manual_seed(0)
-    if options.allocator == "keep" and not fastgpt.keep_large_blocks():
-        print("keep_large_blocks has no effect here: the default allocator is measured")
+    if options.allocator == "keep":
+        if not fastgpt.keep_large_blocks():
+            print("keep_large_blocks has no effect here: the default allocator is measured")
+        elif device.type == "cpu" and options.suite == "cpu":
+            buffers.grow_heap()
     stamp = environment.stamp(device)
     print("\n".join(report.environment_lines(stamp)))
 

@@ -14,6 +14,17 @@ ROTATE_AT_MOST = 256 * 2**20  # bytes
 TINY = 16 * 2**10  # bytes: up to here what takes time is the host's work, not memory
 
 
+HEAP = 6 * 2**30  # bytes: more than the tensors of any case
+
+
+def grow_heap(count: int = HEAP) -> None:
+    """Have the process own so much memory already, as one that has run for a while does, where freed blocks are kept.
+
+    Else the first rounds of every case of a new size pay for page faults that the later ones do not have.
+    """
+    torch.empty(count, dtype=torch.uint8).fill_(1)
+
+
 class Caches(NamedTuple):
     """Bytes. inner: the largest cache of one core (GPU: none); last: the last level."""
 

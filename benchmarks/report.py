@@ -34,6 +34,8 @@ NOTES = """\
   time it took. Which limit binds is named. Calls that move 16 MiB or more have that limit measured in their own
   rounds, between the contenders; for the others it is the best of the run. A call whose data lies in a cache can
   exceed the limit of copying.
+- With `keep_large_blocks` the `cpu` suite first makes the process own 6 GiB, as one that has run for a while does:
+  the page faults of a growing heap are nobody's time here. Without it every large output is faulted in anew.
 - *×eager*, *×compiled*: their median time over this one; above 1 this one is faster.
 - *error*: the largest error over the allowed one, on this very case; ours is not timed above 1.
 """

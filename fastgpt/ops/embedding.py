@@ -284,6 +284,11 @@ _BENCH = (
     Case((1, 8, 768), {"positions": "all", "vocab": 1000}),
 )
 
+_CPU = (
+    *_BENCH,
+    *(Case((8, 1024, width), {"positions": "all", "vocab": 8000}) for width in (3072, 6400)),
+)
+
 SPEC = register(
     OpSpec(
         name="embedding",
@@ -308,6 +313,7 @@ SPEC = register(
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,
+        cpu_cases=_CPU,
         cost=_cost,
         baseline=_baseline,
     )
