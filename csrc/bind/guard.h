@@ -73,21 +73,20 @@ class Guard {
   PyObject* recall(PyObject* op, PyObject* const* values, Py_ssize_t count) const {
     PyObject* key = signature(op, values, count);
     if (key == nullptr || key == Py_None) return key;
-    PyObject* plan = PyDict_GetItemWithError(plans_, key);
+    const auto plan = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(plans_, key));
     Py_DECREF(key);
-    if (plan == nullptr) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
-    if (!PyTuple_Check(plan)) return Py_NewRef(plan);
+    if (!plan) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+    if (!PyTuple_Check(plan.ptr())) return Py_NewRef(plan.ptr());
     // (op and device, the backends usable for them, the entry or None, the backend, places): a place is the
-    // position of a value of the call, or in a tuple of one the argument itself.
-    if (PyDict_GetItem(usable_, PyTuple_GET_ITEM(plan, 0)) != PyTuple_GET_ITEM(plan, 1)) Py_RETURN_NONE;
-    PyObject* entry = PyTuple_GET_ITEM(plan, 2);
-    PyObject* run = entry == Py_None ? entry : PyDict_GetItem(direct_, entry);
-    if (run == nullptr) Py_RETURN_NONE;
-    PyObject* arguments = picked(PyTuple_GET_ITEM(plan, 4), values);
-    if (arguments == nullptr) return nullptr;
-    PyObject* found = PyTuple_Pack(3, run, PyTuple_GET_ITEM(plan, 3), arguments);
-    Py_DECREF(arguments);
-    return found;
+    // position of a value of the call, or in a tuple of one the argument itself. The plan is held: a
+    // collection of garbage may run Python, which may forget it.
+    const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(plan.ptr(), i); };
+    if (PyDict_GetItem(usable_, part(0)) != part(1)) Py_RETURN_NONE;
+    const auto run =
+        py::reinterpret_borrow<py::object>(part(2) == Py_None ? Py_None : PyDict_GetItem(direct_, part(2)));
+    if (!run) Py_RETURN_NONE;
+    const auto arguments = py::reinterpret_steal<py::object>(picked(part(4), values));
+    return arguments ? PyTuple_Pack(3, run.ptr(), part(3), arguments.ptr()) : nullptr;
   }
 
   // plans: by signature; usable: by op and device; direct: what runs, by entry.
@@ -150,7 +149,9 @@ class Guard {
   // A tensor without a shape or strides (sparse, nested) or of another device, and a number beyond 64 bits,
   // have no signature.
   static PyObject* unidentified() {
-    PyErr_Clear();
+    for (PyObject* expected : {PyExc_RuntimeError, PyExc_OverflowError, PyExc_ValueError, PyExc_TypeError})
+      if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
+    if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
 

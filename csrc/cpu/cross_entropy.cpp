@@ -116,9 +116,11 @@ FG_INLINE float row_loss(const Problem& a, const T* x, int64_t row, float& lse) 
   const bool smooth = a.smoothing > 0.0f;
   const Sums sums = smooth ? row_sums<true>(x, a.cols) : row_sums<false>(x, a.cols);
   // Nothing but -inf (and NaN): NaN, as log_softmax has it.
-  lse = sums.top == -kInf ? kNaN : sums.top + __builtin_logf(sums.exps);
+  const float log_sum = __builtin_logf(sums.exps);
+  lse = sums.top == -kInf ? kNaN : sums.top + log_sum;
   if (!a.is_class(target)) return kNaN;
-  const float loss = lse - load_scalar(x + target);
+  // Of logits so large that lse has lost log_sum, the loss still has it.
+  const float loss = sums.top == -kInf ? kNaN : sums.top - load_scalar(x + target) + log_sum;
   if (!smooth) return loss;
   return (1.0f - a.smoothing) * loss + a.smoothing * (lse - sums.logits / static_cast<float>(a.cols));
 }

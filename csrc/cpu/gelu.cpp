@@ -40,7 +40,8 @@ void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streamin
   }
 }
 
-// dx may be null; with dbias (fp32) the row's gradient is added to it.
+// dx may be null; with dbias (fp32) the row's gradient is added to it. Two: whether numbers are taken Twice,
+// and dbias is in that order.
 template <class T, int A, bool HasBias, bool NeedBias>
 void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count,
                     bool streaming) {
@@ -51,7 +52,8 @@ void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias,
                                 if constexpr (HasBias) z = z + load(bias + j, lanes);
                                 const auto d = each(gradient, load(dy + j, lanes), z);
                                 if (dx != nullptr) put(dx + j, d, lanes);
-                                if constexpr (NeedBias) store(dbias + j, load(dbias + j, lanes) + d, lanes);
+                                if constexpr (NeedBias)
+                                  store_scratch(dbias + j, load_scratch(dbias + j, lanes) + d, lanes);
                               });
 }
 
@@ -132,7 +134,7 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
   with_kind(dtype, approximate, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
     parallel_chunks(rows, max_of(1, parts.size), rows * n, num_threads, [&](int64_t begin, int64_t end) {
-      const Streaming streaming(rows * n * static_cast<int64_t>(sizeof(T)));
+      const Streaming streaming(streamed_bytes(static_cast<const T*>(dx), rows, n));
       Scratch block(n);
       float* own = sums.data + begin / parts.size * n;
       std::memset(own, 0, static_cast<uint64_t>(n) * sizeof(float));
@@ -145,7 +147,7 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
         if ((i - begin) % kFlushRows == kFlushRows - 1 || i + 1 == end) add_into(own, block.data, n);
       }
     });
-    reduce_parts(sums.data, parts.count, n, n, static_cast<T*>(dbias), num_threads);
+    reduce_parts<kTwice<T>>(sums.data, parts.count, n, n, static_cast<T*>(dbias), num_threads);
   });
 }
 

@@ -15,7 +15,7 @@ void layer_norm_fwd(const void* x, const void* residual, const void* weight, con
                     void* stream, float* mean, float* rstd, int64_t rows, int64_t n, int64_t x_stride,
                     int64_t residual_stride, int x_dtype, int residual_dtype, int weight_dtype, double eps,
                     int num_threads) {
-  const bool two = takes_twice(x_dtype, rows, n, y);
+  const bool two = takes_twice(x_dtype);
   const Parameter w(weight, weight_dtype, n, 1.0f, two), b(bias, weight_dtype, n, 0.0f, two);
   const Forward a{x,
                   residual,
@@ -30,7 +30,7 @@ void layer_norm_fwd(const void* x, const void* residual, const void* weight, con
                   x_stride,
                   residual_stride,
                   static_cast<float>(eps)};
-  norm_forward<true>(a, x_dtype, residual_dtype, two, num_threads);
+  norm_forward<true>(a, x_dtype, residual_dtype, num_threads);
 }
 
 // dx, dresidual, dw, db: null where not needed; dstream null where there is none.
@@ -38,10 +38,10 @@ void layer_norm_bwd(const void* dy, const void* dstream, const void* x, const vo
                     const float* rstd, void* dx, void* dresidual, void* dw, void* db, int64_t rows, int64_t n,
                     int64_t dy_stride, int64_t x_stride, int dy_dtype, int x_dtype, int weight_dtype,
                     int num_threads) {
-  const bool two = takes_twice(dy_dtype, rows, n, dx);
+  const bool two = takes_twice(dy_dtype);
   const Parameter w(weight, weight_dtype, n, 1.0f, two);
   const Backward a{dy, dstream, x, w.data, mean, rstd, dx, dresidual, rows, n, dy_stride, x_stride};
-  norm_backward<true>(a, dw, db, dy_dtype, x_dtype, weight_dtype, two, num_threads);
+  norm_backward<true>(a, dw, db, dy_dtype, x_dtype, weight_dtype, num_threads);
 }
 
 }  // namespace fg::FG_LEVEL

@@ -121,20 +121,21 @@ struct Exact {
 };
 
 template <int A>
-constexpr Polynomials<3> kTail = tabulate<3>(Exact<A>::tail, kIntervals - 1);
+constexpr Polynomials<3> kTails = tabulate<3>(Exact<A>::tail, kIntervals - 1);
 template <int A>
-constexpr Polynomials<4> kSlope = tabulate<4>(Exact<A>::slope, kIntervals - 1);
+constexpr Polynomials<4> kSlopes = tabulate<4>(Exact<A>::slope, kIntervals - 1);
 
 template <int A>
 FG_INLINE F gelu_16bit(F z) {
   const F minus_a = negative_limited(z, kLast);
-  return fma(vmin(minus_a, z), look_up(kTail<A>, minus_a, -kPerUnit), vmax(set(0.0f), z));
+  return fma(vmin(minus_a, z), look_up(kTails<A>, minus_a, -kPerUnit), vmax(set(0.0f), z));
 }
 
 template <int A>
 FG_INLINE F gelu_slope_16bit(F z) {
-  const F slope = look_up(kSlope<A>, negative_limited(z, kLast), -kPerUnit);
-  return select(z < set(0.0f), slope, set(1.0f) - slope);
+  const F slope = look_up(kSlopes<A>, negative_limited(z, kLast), -kPerUnit);
+  // z * 0 brings back NaN, and makes NaN of infinities, as z * pdf does.
+  return fma(z, set(0.0f), select(z < set(0.0f), slope, set(1.0f) - slope));
 }
 
 #else

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "parallel.h"
-#include "stream.h"
 #include "vec.h"
 
 namespace fg::FG_LEVEL {
+
+inline bool takes_twice(int dtype) { return kTwice<bf16> && dtype == BF16; }
 
 // A vector of n parameters as fp32: itself, or a converted copy, or `fill` where there is none. two: in the
 // order of vectors taken Twice.
@@ -45,13 +46,6 @@ class Parameter {
 
   Scratch scratch_;
 };
-
-// Whether rows of n are taken Twice: where outputs are streamed by cache lines, they must begin with one.
-inline bool takes_twice(int dtype, int64_t rows, int64_t n, const void* out) {
-  if (!kTwice<bf16> || dtype != BF16) return false;
-  const bool in_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && 2 * n % 64 == 0;
-  return in_lines || !Streaming::pays(2 * rows * n);
-}
 
 template <class Body>
 void with_dtypes(int t, int x, const Body& body) {  // the wider type is t itself or fp32

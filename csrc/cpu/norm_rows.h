@@ -58,11 +58,12 @@ FG_INLINE Stats centred_stats(const R* row, float sum, int64_t n, float eps, con
   return {mean, shift, 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)};
 }
 
-// T: type of x and y; R: type of residual and stream, T without them. Two: rows are taken Twice, and w and b
-// are in that order.
-template <class T, class R, bool kCentered, bool HasResidual, bool Two>
+// T: type of x and y; R: type of residual and stream, T without them. Where T is taken Twice, w and b are in
+// that order.
+template <class T, class R, bool kCentered, bool HasResidual>
 void forward_rows(const Forward& a, int64_t begin, int64_t end) {
-  const Streaming streaming(a.rows * a.n * static_cast<int64_t>(sizeof(T)));
+  constexpr bool Two = kTwice<T>;
+  const Streaming streaming(streamed_bytes(static_cast<const T*>(a.y), a.rows, a.n));
   // What the pass for the variance asks for: y, which a plain store reads first, or the next row.
   const bool y_first = !streaming.on;
   const int64_t n = a.n;
@@ -117,33 +118,22 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
   }
 }
 
-// body(Type<T>{}, Type<R>{}, Constant<Two>{})
-template <class Body>
-void with_rows(int t, int r, bool two, const Body& body) {
-  with_dtypes(t, r, [&](auto type, auto other) {
-    if constexpr (kTwice<typename decltype(type)::type>) {
-      if (two) return body(type, other, Constant<true>{});
-    }
-    body(type, other, Constant<false>{});
-  });
-}
-
 template <bool kCentered>
-void norm_forward(const Forward& a, int x_dtype, int residual_dtype, bool two, int num_threads) {
-  parallel_chunks(
-      a.rows, rows_per_chunk(a.rows, a.n), a.rows * a.n, num_threads, [&](int64_t begin, int64_t end) {
-        const bool added = a.residual != nullptr;
-        with_rows(x_dtype, added ? residual_dtype : x_dtype, two, [&](auto t, auto r, auto twice) {
-          using T = typename decltype(t)::type;
-          using R = typename decltype(r)::type;
-          constexpr bool kTwo = decltype(twice)::value;
-          if (added) {
-            forward_rows<T, R, kCentered, true, kTwo>(a, begin, end);
-          } else {
-            forward_rows<T, T, kCentered, false, kTwo>(a, begin, end);
-          }
-        });
-      });
+void norm_forward(const Forward& a, int x_dtype, int residual_dtype, int num_threads) {
+  parallel_chunks(a.rows, rows_per_chunk(a.rows, a.n), a.rows * a.n, num_threads,
+                  [&](int64_t begin, int64_t end) {
+                    if (a.residual == nullptr) {
+                      return with_dtype(x_dtype, [&](auto type) {
+                        using T = typename decltype(type)::type;
+                        forward_rows<T, T, kCentered, false>(a, begin, end);
+                      });
+                    }
+                    with_dtypes(x_dtype, residual_dtype, [&](auto type, auto residual_type) {
+                      using T = typename decltype(type)::type;
+                      using R = typename decltype(residual_type)::type;
+                      forward_rows<T, R, kCentered, true>(a, begin, end);
+                    });
+                  });
 }
 
 struct Backward {
@@ -157,10 +147,11 @@ struct Backward {
 // Memory is read in both passes: the next rows of x are asked for in the first, of dy and dstream in the
 // second.
 //
-// T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to. Two: rows
-// are taken Twice, and w, dw and db are in that order.
-template <class T, class X, bool kCentered, bool Params, bool Two, int kRows>
+// T: type of dy and dx; X: type of x (the stream), dstream and dresidual. dw and db are added to. Where T is
+// taken Twice, w, dw and db are in that order.
+template <class T, class X, bool kCentered, bool Params, int kRows>
 FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t first, bool streaming) {
+  constexpr bool Two = kTwice<T>;
   const int64_t n = a.n, dy_stride = a.dy_stride, x_stride = a.x_stride;
   const float* w = a.w;
   const float inverse_n = n > 0 ? 1.0f / static_cast<float>(n) : 0.0f;
@@ -247,15 +238,15 @@ FG_INLINE void backward_block(const Backward& a, float* dw, float* db, int64_t f
 constexpr int64_t kBlockBytes = 2 * 1024 * 1024;
 constexpr int kBlockRows = 4;
 
-template <class T, class X, bool kCentered, bool Params, bool Two>
+template <class T, class X, bool kCentered, bool Params>
 void backward_rows(const Backward& a, float* dw, float* db, int64_t begin, int64_t end) {
-  const Streaming streaming(a.dx != nullptr ? a.rows * a.n * static_cast<int64_t>(sizeof(T)) : 0);
+  const Streaming streaming(streamed_bytes(static_cast<const T*>(a.dx), a.rows, a.n));
   int64_t i = begin;
   if (kBlockRows * a.n * static_cast<int64_t>(sizeof(T) + sizeof(X)) <= kBlockBytes) {
     for (; i + kBlockRows <= end; i += kBlockRows)
-      backward_block<T, X, kCentered, Params, Two, kBlockRows>(a, dw, db, i, streaming.on);
+      backward_block<T, X, kCentered, Params, kBlockRows>(a, dw, db, i, streaming.on);
   }
-  for (; i < end; ++i) backward_block<T, X, kCentered, Params, Two, 1>(a, dw, db, i, streaming.on);
+  for (; i < end; ++i) backward_block<T, X, kCentered, Params, 1>(a, dw, db, i, streaming.on);
 }
 
 // Sums for dw, then (centred) for db, both from the start of a cache line.
@@ -266,19 +257,19 @@ inline int64_t sums_size(int64_t n) {
 }
 
 // A part's rows, its dw and db into `sums`, which may be null.
-template <class T, class X, bool kCentered, bool Two>
+template <class T, class X, bool kCentered>
 void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
   const int64_t floats = sums_size<kCentered>(a.n);
   const uint64_t bytes = static_cast<uint64_t>(floats) * sizeof(float);
-  if (sums == nullptr) return backward_rows<T, X, kCentered, false, Two>(a, nullptr, nullptr, begin, end);
+  if (sums == nullptr) return backward_rows<T, X, kCentered, false>(a, nullptr, nullptr, begin, end);
   std::memset(sums, 0, bytes);
   if (end - begin <= kFlushRows)
-    return backward_rows<T, X, kCentered, true, Two>(a, sums, sums + line_up(a.n), begin, end);
+    return backward_rows<T, X, kCentered, true>(a, sums, sums + line_up(a.n), begin, end);
   Scratch scratch(floats);
   float* dw = scratch.data;
   for (int64_t i = begin; i < end; i += kFlushRows) {
     std::memset(dw, 0, bytes);
-    backward_rows<T, X, kCentered, true, Two>(a, dw, dw + line_up(a.n), i, min_of(i + kFlushRows, end));
+    backward_rows<T, X, kCentered, true>(a, dw, dw + line_up(a.n), i, min_of(i + kFlushRows, end));
     add_into(sums, dw, floats);
   }
 }
@@ -286,7 +277,7 @@ void backward_part(const Backward& a, float* sums, int64_t begin, int64_t end) {
 // dw, db: null where not needed.
 template <bool kCentered>
 void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dtype, int weight_dtype,
-                   bool two, int num_threads) {
+                   int num_threads) {
   const int64_t n = a.n, floats = sums_size<kCentered>(n);
   const bool need_params = dw != nullptr || db != nullptr;
   const Parts parts(a.rows);
@@ -294,10 +285,10 @@ void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dt
   const int64_t step = need_params ? parts.size : rows_per_chunk(a.rows, n);
   parallel_chunks(a.rows, max_of(1, step), a.rows * n, num_threads, [&](int64_t begin, int64_t end) {
     float* own = need_params ? sums.data + begin / step * floats : nullptr;
-    with_rows(dy_dtype, x_dtype, two, [&](auto t, auto x, auto twice) {
-      using T = typename decltype(t)::type;
-      using X = typename decltype(x)::type;
-      backward_part<T, X, kCentered, decltype(twice)::value>(a, own, begin, end);
+    with_dtypes(dy_dtype, x_dtype, [&](auto type, auto x_type) {
+      using T = typename decltype(type)::type;
+      using X = typename decltype(x_type)::type;
+      backward_part<T, X, kCentered>(a, own, begin, end);
     });
   });
   if (!need_params) return;
@@ -305,7 +296,8 @@ void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dt
     with_dtype(weight_dtype, [&](auto type) {
       using P = typename decltype(type)::type;
       if constexpr (kTwice<bf16> && !__is_same(P, f16)) {
-        if (two) return reduce_parts<true>(from, parts.count, floats, n, static_cast<P*>(to), num_threads);
+        if (takes_twice(dy_dtype))
+          return reduce_parts<true>(from, parts.count, floats, n, static_cast<P*>(to), num_threads);
       }
       reduce_parts(from, parts.count, floats, n, static_cast<P*>(to), num_threads);
     });

@@ -48,7 +48,9 @@ void rotate_halves(const T* x, T* y, const float* cos, const float* sin, int64_t
 // cos and sin of every feature here, sin with the sign that its product is added with.
 template <class T>
 void rotate_pairs(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool streaming) {
-  for_lanes_out<2>(y, 2 * half, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+  // No vector may begin within a pair.
+  const bool whole = reinterpret_cast<uintptr_t>(y) % (2 * sizeof(T)) == 0;
+  for_lanes_out<2>(y, 2 * half, streaming && whole, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     const F a = load(x + j, lanes);
     put(y + j, fma(swap_pairs(a), load(sin + j, lanes), a * load(cos + j, lanes)), lanes);
   });

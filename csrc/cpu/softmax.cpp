@@ -40,21 +40,9 @@ struct Problem {
   // Of an output. Rows that end in zeros are streamed only if they begin with a cache line: then the one line
   // in which values end is stored plainly, and no line in both ways.
   template <class T>
-  int64_t streamed_bytes(const T* y) const {
-    return queries == 0 || in_lines(y) ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
-  }
-
-  template <class T>
-  bool in_lines(const T* y) const {
-    return reinterpret_cast<uintptr_t>(y) % 64 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  }
-
-  // Only where nothing but x meets the scores; and where streaming goes by cache lines, rows must begin with
-  // one.
-  template <class T>
-  bool takes_twice(const T* y, int mask_kind) const {
-    const bool streams = Streaming::pays(streamed_bytes(y));
-    return mask_kind == kNoMask && !dropping && (in_lines(y) || !streams);
+  int64_t streamed(const T* y) const {
+    const bool in_lines = cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+    return queries == 0 || in_lines ? streamed_bytes(y, rows, cols) : 0;
   }
 
   int64_t visible(int64_t row) const {
@@ -90,7 +78,7 @@ FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n
     prefetch(ahead.next + j);
     prefetch(ahead.y + j);
     const auto value =
-        each([&](F s) FG_LAMBDA { return exp_nonpositive(fma(s, scale, minus_top)); }, load(x + j, lanes));
+        each([&](F s) FG_LAMBDA { return exp_nonpositive(s * scale + minus_top); }, load(x + j, lanes));
     store_scratch(e + j, value, lanes);
     return keep(value, lanes, set(0.0f));
   });
@@ -186,7 +174,7 @@ float added_row(const Problem& a, const T* x, const float* mask, float* e, int64
 template <bool Two, class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
-  const Streaming streaming(a.streamed_bytes(y));
+  const Streaming streaming(a.streamed(y));
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = a.visible(i), at = i * a.cols;
@@ -308,7 +296,7 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
   const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
-    const Streaming streaming(a.streamed_bytes(dx));
+    const Streaming streaming(a.streamed(dx));
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / parts, first = unit % parts * size, last = min_of(first + size, members);
@@ -354,7 +342,7 @@ void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, in
                           forward_rows<decltype(two)::value>(a, from, to, kept, mask_kind, typed_mask,
                                                              mask_rows, column_stride, begin, end);
                         };
-                        if (kTwice<T> && a.takes_twice(to, mask_kind)) {
+                        if (kTwice<T> && mask_kind == kNoMask && !a.dropping) {
                           rows_of(Constant<kTwice<T>>{});
                         } else {
                           rows_of(Constant<false>{});
@@ -385,7 +373,7 @@ void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t r
     if (dmask == nullptr) {
       parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
-                        const Streaming streaming(a.streamed_bytes(dx_t));
+                        const Streaming streaming(a.streamed(dx_t));
                         Scratch g(a.dropping ? cols : 0);
                         for (int64_t i = begin; i < end; ++i)
                           backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i, streaming.on);

@@ -55,6 +55,15 @@ struct Streaming {
 #endif
 };
 
+// How much of `rows` rows of n may be streamed: all or nothing. Rows that are taken Twice from their
+// beginning, with scratch in that order, only if each begins with a cache line.
+template <class T>
+int64_t streamed_bytes(const T* out, int64_t rows, int64_t n) {
+  const int64_t row = n * static_cast<int64_t>(sizeof(T));
+  const bool in_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && row % 64 == 0;
+  return out != nullptr && (in_lines || !kTwice<T>) ? rows * row : 0;
+}
+
 template <class T, class V, class Lanes>
 FG_INLINE void put(T* p, V a, Lanes lanes) {
 #if defined(FG_STREAMS)
@@ -64,7 +73,7 @@ FG_INLINE void put(T* p, V a, Lanes lanes) {
 }
 
 // for_lanes over an output row `to`, whose elements body stores by `put`. When streaming, a part comes first,
-// up to where vectors are aligned. Two as in for_lanes.
+// up to where vectors are aligned: body must not care where they begin. Two as in for_lanes.
 template <int U, bool Two = false, class T, class Body>
 FG_INLINE void for_lanes_out(const T* to, int64_t n, bool streaming, const Body& body) {
   constexpr int64_t kStep = Two ? 2 * W : W;

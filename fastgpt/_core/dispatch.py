@@ -162,6 +162,11 @@ def check_backend(backend: Backend, source: str = "backend") -> tuple[str, ...]:
     return tuple(names)
 
 
+def asked_around() -> bool:
+    """Whether the context or the environment asks for a backend."""
+    return bool(_override.names or _ENVIRONMENT)
+
+
 def _asked(backend: Backend) -> tuple[str, ...]:
     if backend is not None:
         return check_backend(backend)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from fastgpt._core.autograd import needs_graph
-from fastgpt._core.dispatch import _ENVIRONMENT, Backend, _override, choose
+from fastgpt._core.dispatch import Backend, asked_around, choose
 from fastgpt._core.guard import recall, signature, watch_plans
 from fastgpt._core.library import _DIRECT, call
 from fastgpt._core.registry import _USABLE
@@ -58,10 +58,10 @@ def planned(spec: OpSpec, backend: Backend, values: tuple[Any, ...]) -> Planned:
     """
     found: Any = _NEVER
     if (
-        not is_dynamo_compiling()
+        not is_compiling()
         and backend is None
         and forward_ad._current_level < 0
-        and not (_override.names or _ENVIRONMENT)
+        and not asked_around()
     ):
         found = recall(spec.name, values)
         if found:
