@@ -32,10 +32,8 @@ template <class T, int A>
 FG_INLINE F activate(F z) {
   if constexpr (A == kSilu) {
     return silu(z).value;
-  } else if constexpr (sizeof(T) == 2) {
-    return gelu_16bit<A>(z);
   } else {
-    return gelu<A>(z);
+    return gelu_for<T, A>(z);
   }
 }
 
@@ -43,10 +41,8 @@ template <class T, int A>
 FG_INLINE Unit<F> activate_with_slope(F z) {
   if constexpr (A == kSilu) {
     return silu(z);
-  } else if constexpr (sizeof(T) == 2) {
-    return {gelu_16bit<A>(z), gelu_slope_16bit<A>(z)};
   } else {
-    return {gelu<A>(z), gelu_slope<A>(z)};  // their exponential and tail are the same: computed once
+    return {gelu_for<T, A>(z), gelu_slope_for<T, A>(z)};  // what they share is computed once
   }
 }
 

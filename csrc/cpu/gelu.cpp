@@ -10,23 +10,11 @@
 namespace fg::FG_LEVEL {
 namespace {
 
-template <class T, int A>
-FG_INLINE F activation(F z) {
-  if constexpr (sizeof(T) == 2) return gelu_16bit<A>(z);
-  return gelu<A>(z);
-}
-
-template <class T, int A>
-FG_INLINE F slope(F z) {
-  if constexpr (sizeof(T) == 2) return gelu_slope_16bit<A>(z);
-  return gelu_slope<A>(z);
-}
-
 constexpr int kAhead = 1024;  // elements to prefetch: a page or half, where the hardware's prefetching stops
 
 template <class T, int A>
 void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streaming) {
-  const auto activate = [](F z) FG_LAMBDA { return activation<T, A>(z); };
+  const auto activate = [](F z) FG_LAMBDA { return gelu_for<T, A>(z); };
   if (bias == nullptr) {
     for_lanes_out<2, kTwice<T>>(y, count, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
       prefetch(x + j + kAhead);
@@ -45,7 +33,7 @@ void forward_range(const T* x, const T* bias, T* y, int64_t count, bool streamin
 template <class T, int A, bool HasBias, bool NeedBias>
 void backward_range(const T* dy, const T* x, const T* bias, T* dx, float* dbias, int64_t count,
                     bool streaming) {
-  const auto gradient = [](F dy, F z) FG_LAMBDA { return dy * slope<T, A>(z); };
+  const auto gradient = [](F dy, F z) FG_LAMBDA { return dy * gelu_slope_for<T, A>(z); };
   for_lanes_out<2, kTwice<T>>(dx, count, streaming && dx != nullptr,
                               [&](int64_t j, int, auto lanes) FG_LAMBDA {
                                 auto z = load(x + j, lanes);

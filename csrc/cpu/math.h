@@ -169,4 +169,16 @@ FG_INLINE F gelu_slope_16bit(F z) {
 
 #endif
 
+// For results of type T.
+template <class T, int A>
+FG_INLINE F gelu_for(F z) {
+  if constexpr (sizeof(T) == 2) return gelu_16bit<A>(z);
+  return gelu<A>(z);
+}
+template <class T, int A>
+FG_INLINE F gelu_slope_for(F z) {
+  if constexpr (sizeof(T) == 2) return gelu_slope_16bit<A>(z);
+  return gelu_slope<A>(z);
+}
+
 }  // namespace fg::FG_LEVEL

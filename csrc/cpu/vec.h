@@ -21,7 +21,7 @@ struct Full {};
 struct Part {
   int n;  // 1 <= n < W
 };
-struct Twice {};  // 2 W numbers of 16 bits: see twice.h
+struct Twice {};  // 2 W numbers as bf16 is read two vectors at once: see twice.h
 
 template <class V>
 struct Halves {

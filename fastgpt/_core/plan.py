@@ -57,12 +57,7 @@ def planned(spec: OpSpec, backend: Backend, values: tuple[Any, ...]) -> Planned:
         TypeError, ValueError, BackendError: as `spec.prepare` and `choose`.
     """
     found: Any = _NEVER
-    if (
-        not is_compiling()
-        and backend is None
-        and forward_ad._current_level < 0
-        and not asked_around()
-    ):
+    if not is_compiling() and backend is None and forward_ad._current_level < 0 and not asked_around():
         found = recall(spec.name, values)
         if found:
             return found

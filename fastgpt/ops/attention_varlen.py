@@ -122,6 +122,7 @@ def _prepare(
                 f"kv_lengths: expected at most the keys of each document, {present.tolist()},"
                 f" got {kv_lengths.tolist()}"
             )
+    # New tensors, so that `plan.py` remembers no call, and the values above are looked at every time.
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     return q, k, v, *options, max_seqlen_q, max_seqlen_k, return_lse
 
