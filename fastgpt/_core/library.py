@@ -1,8 +1,8 @@
 """torch.library registration made from the SPEC, and the switch between it and a direct call.
 
 Every entry of every backend is an op of its own (`fastgpt::layer_norm_fwd_cpu`), so that the backend can be read
-off a trace. In plain eager mode (`guard.py` knows when) the registered op is bypassed: the dispatcher costs more than a
-small kernel. A call that `plan.py` remembers was found to be plain on the way, and goes to `_DIRECT` at once.
+off a trace. In plain eager mode (`guard.py` knows when) the registered op is bypassed: the dispatcher costs more than
+a small kernel. A call that `plan.py` remembers was found to be plain on the way, and goes to `_DIRECT` at once.
 """
 
 from __future__ import annotations
