@@ -47,7 +47,7 @@ def pose(
     pieces = []
     for rows in _pieces(case, inputs, grads, piece_elements):
         part = {name: _rows(value, rows, case.shape[0]) for name, value in inputs.items()}
-        part_grads = {name: dy[rows] for name, dy in grads.items()}
+        part_grads = {name: _rows(dy, rows, case.shape[0]) for name, dy in grads.items()}
         pieces.append((rows, Problem(spec, dtype, part, part_grads)))
     return Posed(spec, inputs, grads, leaf_names(spec, inputs), tuple(pieces))
 
@@ -61,7 +61,7 @@ def error(posed: Posed, function: Callable[..., Any]) -> float:
             return float("inf")
     if len(posed.pieces) == 1:
         return max(comparison.ratio for comparison in whole.compare(found).values())
-    worst, count = 0.0, next(iter(posed.output_grads.values())).shape[0]
+    worst, count = 0.0, next(iter(posed.output_grads.values())).shape[0]  # pieces are rows of every output
     shared: dict[str, tuple[Tensor, Tensor]] = {}
     for rows, problem in posed.pieces:
         part = {name: _rows(got, rows, count) for name, got in found.items()}
@@ -80,13 +80,18 @@ def _pieces(case: Case, inputs: Mapping[str, Any], grads: Mapping[str, Tensor], 
     """Rows of the leading dimension that go together: all, unless the case is large and its rows independent.
 
     They are where every output has them (no mean over all) and nothing counts them: no lists of lengths or offsets,
-    no dropout, whose mask depends on the place in the whole.
+    no dropout, whose mask depends on the place in the whole. What they share is small: its gradient is that of every
+    piece.
     """
     count = case.shape[0]
     independent = all(dy.dim() > 0 and dy.shape[0] == count for dy in grads.values()) and all(
         value.is_floating_point() or value.shape[:1] == (count,)
         for value in inputs.values()
         if isinstance(value, Tensor)
+    )
+    independent = independent and not any(
+        isinstance(value, Tensor) and value.shape[:1] != (count,) and value.numel() > most
+        for value in inputs.values()
     )
     step = max(most * count // max(torch.Size(case.shape).numel(), 1), 1) if independent else count
     for begin in range(0, max(count, 1), max(step, 1)):
