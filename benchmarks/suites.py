@@ -189,6 +189,8 @@ def op_rows(
             if name.startswith(FASTGPT):  # ours outside its bound is not timed; PyTorch is, and it shows
                 del functions[name]
 
+    if problem.note:
+        notes |= {name: "; ".join(filter(None, (notes.get(name), problem.note))) for name in functions}
     leaves, output_grads = problem.leaves, list(problem.output_grads.values())
     del problem  # the exact results are large
     sets, temperature = buffers.rotation(buffers.tensor_bytes(inputs.values()), buffers.caches(device))

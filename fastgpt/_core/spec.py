@@ -124,6 +124,7 @@ class OpSpec:
     cases, bench_cases: what tests and benchmarks run.
     cpu_cases: what the benchmark suite `cpu` runs. None: every form of the options that `bench_cases` has on
         [rows, n], as `row_cases`, and its other shapes as they are.
+    independent: how many leading dimensions of the inputs have nothing to do with one another.
     cost: `cost(case, dtype)`.
     baseline: what a PyTorch user would write, `baseline(**inputs)`: differentiable, eager or compiled.
     orders: by device type, which backend is tried first.
@@ -153,6 +154,7 @@ class OpSpec:
     rule: Callable[..., str | None] | None = None
     kernels: str = ""
     cpu_cases: tuple[Case, ...] | None = None
+    independent: int = 1
     positional: int = field(init=False)
     keywords: tuple[str, ...] = field(init=False)
 

@@ -329,6 +329,7 @@ SPEC = register(
         cases=attention_cases.CASES,
         bench_cases=attention_cases.BENCH,
         cpu_cases=attention_cases.CPU,
+        independent=2,
         cost=attention_cases.cost,
         baseline=attention_cases.baseline,
         c=8.0,
