@@ -60,6 +60,7 @@ def run(arguments: list[str]) -> int:
         suite=options.suite,
         dtypes=tuple(options.dtype or ("fp32", "bf16")),
         ops=tuple(options.op or ()),
+        match=options.case,
         backends=tuple(options.backend or ()),
         budget=suites.BUDGETS[options.suite] if options.budget is None else options.budget,
         compiled=not options.no_compile,
@@ -86,6 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=tuple(suites.BUDGETS), default="quick")
     parser.add_argument("--op", action="append", choices=ops, help="only this op (may be repeated)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases with TEXT in their names")
     parser.add_argument(
         "--dtype", action="append", choices=["fp32", "bf16", "fp16"], help="default: fp32 and bf16"
     )

@@ -40,6 +40,7 @@ class Options:
     suite: str = "quick"
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     ops: tuple[str, ...] = ()  # none: all
+    match: str = ""  # only cases with this in their names
     backends: tuple[str, ...] = ()  # of ours, timed beside the automatic choice
     budget: float = BUDGETS["quick"]
     compiled: bool = True
@@ -109,6 +110,7 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         "suite": options.suite,
         "dtypes": list(options.dtypes),
         "ops": list(options.ops),
+        "match": options.match,
         "backends": list(options.backends),
         "budget": options.budget,
         "forward": "with autograd's bookkeeping, as in training",
@@ -119,7 +121,10 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     limits_took = options.budget - budget.left  # the same again is kept for the end
     ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
     cases = op_cases(ops, dtypes, options.suite) if ops or not options.ops else []
-    with_step = options.suite == "quick" if not options.ops else gpt_step.OP in options.ops
+    cases = [case for case in cases if options.match in case.name]
+    with_step = (
+        options.suite == "quick" and not options.match if not options.ops else gpt_step.OP in options.ops
+    )
 
     def timed(case: OpCase) -> Callable[[float], list[Row]]:
         return lambda seconds: op_rows(case, options, budget, seconds, meter, run.limits)

@@ -132,13 +132,15 @@ def test_the_cpu_suite_has_every_width_of_the_row_ops_and_a_tiny_size(dtype: str
 
 def test_the_cpu_suite_runs_and_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = suites.OpCase(registry.get("softmax"), Case((4, 64)), "bf16")
-    words = ["--suite", "cpu", "--op", "softmax", "--allocator", "default", "--no-compile"]
+    words = ["--suite", "cpu", "--op", "softmax", "--case", "4x64", "--allocator", "default", "--no-compile"]
     meter = mock.Mock(**{"measure.return_value": dict.fromkeys(limits.NAMES, limits.Limit(1e10, "w"))})
     with (
         mock.patch.object(suites, "op_cases", side_effect=lambda ops, dtypes, suite: [tiny]) as asked,
         mock.patch.object(limits, "LimitMeter", return_value=meter),  # its buffers are large
     ):
         assert command.main([*words, "--budget", "20", "--out", str(tmp_path)]) == 0
+        assert command.main([*words, "--case", "5x", "--budget", "20", "--out", str(tmp_path / "none")]) == 0
+    assert load(next((tmp_path / "none").glob("*.json"))).rows == []
     assert asked.call_args.args[2] == "cpu"
     (stored,) = tmp_path.glob("cpu-default-*.json")
     rows = load(stored).rows
