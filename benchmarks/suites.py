@@ -121,7 +121,10 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     limits_took = options.budget - budget.left  # the same again is kept for the end
     ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
     cases = op_cases(ops, dtypes, options.suite) if ops or not options.ops else []
-    cases = [case for case in cases if options.match in case.name]
+    if options.match:
+        cases = [case for case in cases if options.match in case.name]
+        if not cases:
+            raise ValueError(f"--case: expected a part of the name of a case, got {options.match!r}")
     with_step = (
         options.suite == "quick" and not options.match if not options.ops else gpt_step.OP in options.ops
     )
