@@ -167,7 +167,7 @@ void cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, 
   float* losses = reduction == kNone ? loss : own.data;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
+    parallel_chunks(rows, rows_per_chunk(rows, cols, num_threads), rows * cols, num_threads,
                     [&](int64_t begin, int64_t end) {
                       for (int64_t i = begin; i < end; ++i)
                         losses[i] = row_loss(a, static_cast<const T*>(logits) + i * stride, i, lse[i]);
@@ -190,7 +190,8 @@ void cross_entropy_bwd(const float* dloss, const void* logits, const int64_t* ta
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_chunks(
-        rows, rows_per_chunk(rows, cols), rows * cols, num_threads, [&](int64_t begin, int64_t end) {
+        rows, rows_per_chunk(rows, cols, num_threads), rows * cols, num_threads,
+        [&](int64_t begin, int64_t end) {
           const Streaming streaming(rows * cols * static_cast<int64_t>(sizeof(T)));
           for (int64_t i = begin; i < end; ++i) {
             const float g = reduction == kNone ? dloss[i] : reduction == kMean ? *dloss / *count : *dloss;

@@ -180,7 +180,7 @@ void scatter_rows(const T* dout, const Segments& segments, T* dweight, int64_t r
   }
   const int64_t pieces = first_piece.data[num_busy];
 
-  parallel_chunks(rows, rows_per_chunk(rows, n), (rows + count) * n, num_threads,
+  parallel_chunks(rows, rows_per_chunk(rows, n, num_threads), (rows + count) * n, num_threads,
                   [&](int64_t begin, int64_t end) {
                     Scratch scratch(n);
                     for (int64_t v = begin; v < end; ++v) {
@@ -233,9 +233,10 @@ void embedding_fwd(const void* token_weight, const int64_t* tokens, const void* 
                    int dtype, int num_threads) {
   const Forward a{token_weight, position_weight, tokens,        positions,      out, count, length, n,
                   token_rows,   token_stride,    position_rows, position_stride};
-  parallel_chunks(count, rows_per_chunk(count, n), count * n, num_threads, [&](int64_t begin, int64_t end) {
-    with_dtype(dtype, [&](auto type) { forward_rows<typename decltype(type)::type>(a, begin, end); });
-  });
+  parallel_chunks(
+      count, rows_per_chunk(count, n, num_threads), count * n, num_threads, [&](int64_t begin, int64_t end) {
+        with_dtype(dtype, [&](auto type) { forward_rows<typename decltype(type)::type>(a, begin, end); });
+      });
 }
 
 // dweight [rows, n] of the gradient dout [count, n] (a stride between rows, in elements). index null: i %

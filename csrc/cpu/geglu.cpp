@@ -119,10 +119,11 @@ constexpr int64_t kPiece = 16 * 1024;
 template <class Body>
 void for_rows(int64_t total, int64_t n, int64_t bytes, int num_threads, const Body& body) {
   const int64_t rows = ceil_div(total, n);
-  parallel_chunks(rows, rows_per_chunk(rows, n), total, num_threads, [&](int64_t begin, int64_t end) {
-    const Streaming streaming(bytes);
-    for (int64_t i = begin; i < end; ++i) body(i, min_of(n, total - i * n), streaming.on);
-  });
+  parallel_chunks(rows, rows_per_chunk(rows, n, num_threads), total, num_threads,
+                  [&](int64_t begin, int64_t end) {
+                    const Streaming streaming(bytes);
+                    for (int64_t i = begin; i < end; ++i) body(i, min_of(n, total - i * n), streaming.on);
+                  });
 }
 
 }  // namespace

@@ -78,13 +78,15 @@ void gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t n,
   }
   with_kind(dtype, approximate, [&](auto type, auto kind) {
     using T = typename decltype(type)::type;
-    parallel_chunks(rows, rows_per_chunk(rows, n), rows * n, num_threads, [&](int64_t begin, int64_t end) {
-      const Streaming streaming(rows * n * static_cast<int64_t>(sizeof(T)));
-      for (int64_t i = begin; i < end; ++i) {
-        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + i * n, static_cast<const T*>(bias),
-                                                static_cast<T*>(y) + i * n, n, streaming.on);
-      }
-    });
+    parallel_chunks(rows, rows_per_chunk(rows, n, num_threads), rows * n, num_threads,
+                    [&](int64_t begin, int64_t end) {
+                      const Streaming streaming(rows * n * static_cast<int64_t>(sizeof(T)));
+                      for (int64_t i = begin; i < end; ++i) {
+                        forward_range<T, decltype(kind)::value>(static_cast<const T*>(x) + i * n,
+                                                                static_cast<const T*>(bias),
+                                                                static_cast<T*>(y) + i * n, n, streaming.on);
+                      }
+                    });
   });
 }
 
@@ -100,20 +102,21 @@ void gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* d
     with_kind(dtype, approximate, [&](auto type, auto kind) {
       using T = typename decltype(type)::type;
       constexpr int A = decltype(kind)::value;
-      parallel_chunks(rows, rows_per_chunk(rows, n), total, num_threads, [&](int64_t begin, int64_t end) {
-        const Streaming streaming(total * static_cast<int64_t>(sizeof(T)));
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t at = i * n, count = min_of(n, total - at);
-          const T *dy_i = static_cast<const T*>(dy) + at, *x_i = static_cast<const T*>(x) + at;
-          T* dx_i = static_cast<T*>(dx) + at;
-          if (bias == nullptr) {
-            backward_range<T, A, false, false>(dy_i, x_i, nullptr, dx_i, nullptr, count, streaming.on);
-          } else {
-            backward_range<T, A, true, false>(dy_i, x_i, static_cast<const T*>(bias), dx_i, nullptr, count,
-                                              streaming.on);
-          }
-        }
-      });
+      parallel_chunks(
+          rows, rows_per_chunk(rows, n, num_threads), total, num_threads, [&](int64_t begin, int64_t end) {
+            const Streaming streaming(total * static_cast<int64_t>(sizeof(T)));
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t at = i * n, count = min_of(n, total - at);
+              const T *dy_i = static_cast<const T*>(dy) + at, *x_i = static_cast<const T*>(x) + at;
+              T* dx_i = static_cast<T*>(dx) + at;
+              if (bias == nullptr) {
+                backward_range<T, A, false, false>(dy_i, x_i, nullptr, dx_i, nullptr, count, streaming.on);
+              } else {
+                backward_range<T, A, true, false>(dy_i, x_i, static_cast<const T*>(bias), dx_i, nullptr,
+                                                  count, streaming.on);
+              }
+            }
+          });
     });
     return;
   }

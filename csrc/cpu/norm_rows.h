@@ -120,7 +120,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
 
 template <bool kCentered>
 void norm_forward(const Forward& a, int x_dtype, int residual_dtype, int num_threads) {
-  parallel_chunks(a.rows, rows_per_chunk(a.rows, a.n), a.rows * a.n, num_threads,
+  parallel_chunks(a.rows, rows_per_chunk(a.rows, a.n, num_threads), a.rows * a.n, num_threads,
                   [&](int64_t begin, int64_t end) {
                     if (a.residual == nullptr) {
                       return with_dtype(x_dtype, [&](auto type) {
@@ -282,7 +282,7 @@ void norm_backward(const Backward& a, void* dw, void* db, int dy_dtype, int x_dt
   const bool need_params = dw != nullptr || db != nullptr;
   const Parts parts(a.rows);
   Scratch sums(need_params ? parts.count * floats : 0);
-  const int64_t step = need_params ? parts.size : rows_per_chunk(a.rows, n);
+  const int64_t step = need_params ? parts.size : rows_per_chunk(a.rows, n, num_threads);
   parallel_chunks(a.rows, max_of(1, step), a.rows * n, num_threads, [&](int64_t begin, int64_t end) {
     float* own = need_params ? sums.data + begin / step * floats : nullptr;
     with_dtypes(dy_dtype, x_dtype, [&](auto type, auto x_type) {

@@ -100,7 +100,7 @@ void rope(const void* q, void* q_out, int64_t q_heads, int64_t q_batch, int64_t 
                          {k, k_out, k_heads, k_batch, k_head, k_position}};
   const int64_t positions = batch * length;
   const int64_t across = ((q != nullptr ? q_heads : 0) + (k != nullptr ? k_heads : 0)) * width;
-  parallel_chunks(positions, rows_per_chunk(positions, across), positions * across, num_threads,
+  parallel_chunks(positions, rows_per_chunk(positions, across, num_threads), positions * across, num_threads,
                   [&](int64_t begin, int64_t end) {
                     const Streaming streaming(positions * across * (dtype == F32 ? 4 : 2));
                     Scratch scratch(4 * half);

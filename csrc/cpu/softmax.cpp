@@ -294,7 +294,7 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
       groups >= 64 ? 1 : max_of(1, min_of(ceil_div(64, max_of(1, groups)), ceil_div(members, 8)));
   const int64_t size = max_of(1, ceil_div(members, wanted)), parts = max_of(1, ceil_div(members, size));
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
-  const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols) / size);
+  const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols, num_threads) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
     const Streaming streaming(a.streamed(dx));
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
@@ -334,7 +334,7 @@ void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, in
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto* typed_mask) {
-      parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
+      parallel_chunks(rows, rows_per_chunk(rows, cols, num_threads), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
                         const T* from = static_cast<const T*>(x);
                         T *to = static_cast<T*>(y), *kept = static_cast<T*>(p);
@@ -371,7 +371,7 @@ void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t r
     const T *dy_t = static_cast<const T*>(dy), *p_t = static_cast<const T*>(p);
     T* dx_t = static_cast<T*>(dx);
     if (dmask == nullptr) {
-      parallel_chunks(rows, rows_per_chunk(rows, cols), rows * cols, num_threads,
+      parallel_chunks(rows, rows_per_chunk(rows, cols, num_threads), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
                         const Streaming streaming(a.streamed(dx_t));
                         Scratch g(a.dropping ? cols : 0);
