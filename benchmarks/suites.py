@@ -125,9 +125,8 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         cases = [case for case in cases if options.match in case.name]
         if not cases:
             raise ValueError(f"--case: expected a part of the name of a case, got {options.match!r}")
-    with_step = (
-        options.suite == "quick" and not options.match if not options.ops else gpt_step.OP in options.ops
-    )
+    whole = options.suite == "quick" and not options.ops and not options.match
+    with_step = whole or gpt_step.OP in options.ops
 
     def timed(case: OpCase) -> Callable[[float], list[Row]]:
         return lambda seconds: op_rows(case, options, budget, seconds, meter, run.limits)

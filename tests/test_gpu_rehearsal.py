@@ -357,6 +357,6 @@ def test_the_command_line_checks_on_a_device() -> None:
 
 def test_without_a_gpu_it_says_so() -> None:
     if torch.cuda.is_available():
-        pytest.skip("here is one")
+        pytest.skip("needs a machine without a GPU")
     with pytest.raises(ValueError, match="sees no GPU"):
         Gpu()

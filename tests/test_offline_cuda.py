@@ -10,9 +10,7 @@ import pytest
 from benchmarks import offline_cuda
 from benchmarks.offline_cuda import CudaRow, compile_cuda, faults, parse_ptxas, readable
 
-needs_nvcc = pytest.mark.skipif(
-    shutil.which("nvcc") is None, reason="no nvcc: CUDA kernels cannot be compiled"
-)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 SPILLING = """
 namespace fg { namespace {

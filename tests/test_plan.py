@@ -210,7 +210,7 @@ class Subclass(torch.Tensor):
 CONJUGATE = torch.view_as_complex(torch.randn(3, 2)).conj()
 
 
-@pytest.mark.skipif(fastgpt_kernels.cpu_status() is not None, reason="needs the compiled module")
+@pytest.mark.skipif(fastgpt_kernels.cpu_status() is not None, reason="needs fastgpt_kernels._cpu")
 @pytest.mark.parametrize("mode", [nullcontext, Mode, torch.no_grad, torch.inference_mode])
 def test_the_compiled_guard_agrees(mode: Callable[[], AbstractContextManager[Any]]) -> None:
     values = (

@@ -143,7 +143,7 @@ def _use_threads(count: int, worker: int) -> None:
 
 
 def test_kernels_run_in_several_python_threads_at_once() -> None:
-    """Each has OpenMP threads of its own, and one of torch's parallel regions may be around a call."""
+    """Each has OpenMP threads of its own."""
     torch.set_num_threads(2)
     x = torch.randn(8, 600, 96, requires_grad=True)
 

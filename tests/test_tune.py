@@ -176,7 +176,7 @@ def test_every_entry_of_an_op_can_be_checked_and_rehearsed(op: str, tmp_path: Pa
 
 def test_the_command_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("needs a machine without a GPU")
     with pytest.raises(ValueError, match="sees no GPU"):
         tune.main(["--op", "gelu"])
     before = sorted(device.TABLES.glob("*"))

@@ -104,8 +104,7 @@ constexpr float kLast = (kIntervals - 1) / kPerUnit;
 
 template <int A>
 struct Exact {
-  // tanh's argument is as close to the error function's as it can be: sigmoid(2u), 2u = sqrt(8 / pi) (z +
-  // 0.044715 z^3).
+  // By tanh the cdf is sigmoid(2u), 2u = sqrt(8 / pi) (z + 0.044715 z^3).
   static constexpr double tail(double u) {
     const double a = u / kPerUnit;
     if (A == kErf) return 1.0 - exactly::normal_cdf(a);

@@ -86,10 +86,10 @@ FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n
 
 template <class T>
 void fill_zero(T* y, int64_t begin, int64_t end, bool streaming = false) {
-  if (begin < end && streaming)
-    return stream_zeros(y + begin, (end - begin) * static_cast<int64_t>(sizeof(T)));
-  if (begin < end)
-    std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(end - begin) * sizeof(T));
+  if (begin >= end) return;
+  const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(T));
+  if (streaming) return stream_zeros(y + begin, bytes);
+  std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(bytes));
 }
 
 template <bool Two, class T>

@@ -44,13 +44,11 @@ struct Streaming {
 
   bool on = false;
 #if defined(FG_STREAMS)
-  static bool pays(int64_t bytes) { return bytes >= kLeastBytes; }
-  explicit Streaming(int64_t bytes) : on(pays(bytes)) {}
+  explicit Streaming(int64_t bytes) : on(bytes >= kLeastBytes) {}
   ~Streaming() {  // other threads see streaming stores in no order without this
     if (on) _mm_sfence();
   }
 #else
-  static bool pays(int64_t) { return false; }
   explicit Streaming(int64_t) {}
 #endif
 };
@@ -83,22 +81,20 @@ FG_INLINE void for_lanes_out(const T* to, int64_t n, bool streaming, const Body&
   int64_t j = past == 0 ? 0 : static_cast<int64_t>((kAligned - past) / sizeof(T));
   if (j > n) j = n;
   if (j > 0) for_lanes<1>(j, body);
-  if constexpr (Two) {
-    for (; j + U * kStep <= n; j += U * kStep) {
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) body(j + u * kStep, u, StreamTwice{});
+  const auto streamed = [] {
+    if constexpr (Two) {
+      return StreamTwice{};
+    } else {
+      return Stream{};
     }
-    for (; j + kStep <= n; j += kStep) body(j, 0, StreamTwice{});
-    // What is left does not fill a cache line: plain, so that what follows may share it.
-    return for_lanes<1>(n - j, [&](int64_t k, int u, auto lanes) FG_LAMBDA { body(j + k, u, lanes); });
-  } else {
-    for (; j + U * W <= n; j += U * W) {
+  }();
+  for (; j + U * kStep <= n; j += U * kStep) {
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) body(j + u * W, u, Stream{});
-    }
+    for (int u = 0; u < U; ++u) body(j + u * kStep, u, streamed);
   }
-  for (; j + W <= n; j += W) body(j, 0, Stream{});
-  if (j < n) body(j, 0, Part{static_cast<int>(n - j)});
+  for (; j + kStep <= n; j += kStep) body(j, 0, streamed);
+  // What is left does not fill a vector, nor with Two a cache line: plain, so that what follows may share it.
+  for_lanes<1>(n - j, [&](int64_t k, int u, auto lanes) FG_LAMBDA { body(j + k, u, lanes); });
 }
 
 // As std::memcpy, past the caches but for the lines of which it is a part. next: asked for on the way, as
