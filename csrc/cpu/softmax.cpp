@@ -41,8 +41,7 @@ struct Problem {
   // in which values end is stored plainly, and no line in both ways.
   template <class T>
   int64_t streamed(const T* y) const {
-    const bool in_lines = cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-    return queries == 0 || in_lines ? streamed_bytes(y, rows, cols) : 0;
+    return queries == 0 || in_lines(y, cols) ? streamed_bytes(y, rows, cols) : 0;
   }
 
   int64_t visible(int64_t row) const {
@@ -70,13 +69,21 @@ struct Ahead {
   const T* y;     // this row of y
 };
 
+struct Nothing {
+  template <class Lanes>
+  FG_INLINE void operator()(int64_t, Lanes) const {}
+};
+
 // e = exp(score - top) for `n` columns, and its sum. A NaN anywhere, or top infinite, makes the sum NaN.
-template <bool Two, class X, class T>
-FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n, Ahead<T> ahead) {
+// beside(j, lanes): what else is done for each vector.
+template <bool Two, class X, class T, class Beside = Nothing>
+FG_INLINE float exponentials(const X* x, F scale, float top, float* e, int64_t n, Ahead<T> ahead,
+                             const Beside& beside = {}) {
   const F minus_top = set(-top);
   return sum_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA {
     prefetch(ahead.next + j);
     prefetch(ahead.y + j);
+    beside(j, lanes);
     const auto value =
         each([&](F s) FG_LAMBDA { return exp_nonpositive(s * scale + minus_top); }, load(x + j, lanes));
     store_scratch(e + j, value, lanes);
@@ -92,13 +99,13 @@ void fill_zero(T* y, int64_t begin, int64_t end, bool streaming = false) {
   std::memset(static_cast<void*>(y + begin), 0, static_cast<uint64_t>(bytes));
 }
 
-template <bool Two, class T>
+template <class T>
 void write_row(const Problem& a, const float* e, float inverse, T* y, T* p, int64_t row, int64_t n,
                bool streaming) {
   const F by = set(inverse);
   if (!a.dropping) {
-    for_lanes_out<2, Two>(y, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-      put(y + j, load_scratch(e + j, lanes) * by, lanes);
+    for_lanes_out<2>(y, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      put(y + j, load(e + j, lanes) * by, lanes);
     });
   } else {
     for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
@@ -153,13 +160,13 @@ bool masked_row(const Problem& a, const T* x, const uint8_t* mask, float* e, int
 }
 
 // One row under an additive mask (fp32), which may be null.
-template <bool Two, class T>
+template <class T>
 float added_row(const Problem& a, const T* x, const float* mask, float* e, int64_t n, Ahead<T> ahead) {
   const F scale = set(a.scale);
   if (mask == nullptr) {
     const float top =
-        max_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
-    return exponentials<Two>(x, scale, top, e, n, ahead);
+        max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes) * scale; });
+    return exponentials<false>(x, scale, top, e, n, ahead);
   }
   const float top = max_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
     const F s = fma(load(x + j, lanes), scale, load(mask + j, lanes));
@@ -169,12 +176,56 @@ float added_row(const Problem& a, const T* x, const float* mask, float* e, int64
   return exponentials<false>(e, set(1.0f), top, e, n, ahead);
 }
 
-// Two: whether scores are taken Twice from x to y; e is then in the vectors' order, not in that of the
-// columns.
-template <bool Two, class T, class MaskType>
+// Without mask and dropout, y in whole cache lines if streamed: a row is written in the loop that computes
+// the exponentials of the next, so that memory does not wait in the one and the processor in the other.
+template <class T>
+void plain_rows(const Problem& a, const T* x, T* y, bool streaming, int64_t begin, int64_t end) {
+  constexpr bool Two = kTwice<T>;  // e is then in the vectors' order, not in that of the columns
+  constexpr int64_t kStep = Two ? 2 * W : W;
+  using Whole = typename Wholes<Two>::Plain;
+  Scratch even(a.cols), odd(a.cols);
+  float *e = even.data, *e_before = odd.data;
+  T* y_before = y;
+  F by = set(0.0f);
+  int64_t n_before = 0;
+  for (int64_t i = begin; i <= end; ++i) {
+    const int64_t n = i < end ? a.visible(i) : 0;
+    const T* row = x + i * a.cols;
+    T* y_row = y + i * a.cols;
+    int64_t written = 0;  // of the row before
+    float sum = 0.0f;
+    if (n > 0) {
+      const F scale = set(a.scale);
+      const float top =
+          max_lanes<Two>(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(row + j, lanes) * scale; });
+      written = min_of(n, n_before) / kStep * kStep;
+      const Ahead<T> ahead{row + a.cols, streaming ? row + a.cols : y_row};
+      const auto compute = [&](auto out) FG_LAMBDA {
+        return exponentials<Two>(row, scale, top, e, n, ahead, [&](int64_t j, auto lanes) FG_LAMBDA {
+          if constexpr (__is_base_of(Whole, decltype(lanes))) {
+            if (j < written) put(y_before + j, load_scratch(e_before + j, lanes) * by, out);
+          }
+        });
+      };
+      sum = streaming ? compute(typename Wholes<Two>::Streamed{}) : compute(Whole{});
+    }
+    const auto write = [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      put(y_before + written + j, load_scratch(e_before + written + j, lanes) * by, lanes);
+    };
+    for_lanes_out<2, Two>(y_before + written, n_before - written, streaming, write);
+    if (i > begin) fill_zero(y_before, n_before, a.cols, streaming);
+    y_before = y_row, n_before = n, by = set(1.0f / sum);
+    float* const free = e_before;
+    e_before = e, e = free;
+  }
+}
+
+template <class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
   const Streaming streaming(a.streamed(y));
+  if (kind == kNoMask && !a.dropping && (!streaming.on || in_lines(y, a.cols)))
+    return plain_rows(a, x, y, streaming.on, begin, end);
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = a.visible(i), at = i * a.cols;
@@ -190,11 +241,11 @@ void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const Mask
       } else {
         const float* row = nullptr;
         if (kind != kNoMask) row = mask_row(mask + mask_rows.offset(i), column_stride, mask_copy.data, n);
-        sum = added_row<Two>(a, x + at, row, e.data, n, ahead);
+        sum = added_row(a, x + at, row, e.data, n, ahead);
       }
     }
     const int64_t written = seen ? n : 0;
-    if (seen) write_row<Two>(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
+    if (seen) write_row(a, e.data, 1.0f / sum, y_row, p_row, i, n, streaming.on);
     fill_zero(y_row, written, a.cols, streaming.on);
     if (p != nullptr) fill_zero(p_row, written, a.cols);
   }
@@ -338,15 +389,8 @@ void softmax_fwd(const void* x, void* y, void* p, int64_t rows, int64_t cols, in
                       [&](int64_t begin, int64_t end) {
                         const T* from = static_cast<const T*>(x);
                         T *to = static_cast<T*>(y), *kept = static_cast<T*>(p);
-                        const auto rows_of = [&](auto two) FG_LAMBDA {
-                          forward_rows<decltype(two)::value>(a, from, to, kept, mask_kind, typed_mask,
-                                                             mask_rows, column_stride, begin, end);
-                        };
-                        if (kTwice<T> && mask_kind == kNoMask && !a.dropping) {
-                          rows_of(Constant<kTwice<T>>{});
-                        } else {
-                          rows_of(Constant<false>{});
-                        }
+                        forward_rows(a, from, to, kept, mask_kind, typed_mask, mask_rows, column_stride,
+                                     begin, end);
                       });
     };
     if (mask_kind == kBoolMask) {

@@ -20,6 +20,18 @@ namespace fg::FG_LEVEL {
 struct Stream : Full {};
 struct StreamTwice : Twice {};
 
+// The whole vectors of a row, taken Twice or not.
+template <bool Two>
+struct Wholes {
+  using Plain = Full;
+  using Streamed = Stream;
+};
+template <>
+struct Wholes<true> {
+  using Plain = Twice;
+  using Streamed = StreamTwice;
+};
+
 #if defined(__AVX512F__)
 #define FG_STREAMS 1
 FG_INLINE void stream(float* p, F a) { _mm512_stream_ps(p, a.v); }
@@ -53,13 +65,18 @@ struct Streaming {
 #endif
 };
 
+// Whether each row of n begins with a cache line.
+template <class T>
+bool in_lines(const T* out, int64_t n) {
+  return reinterpret_cast<uintptr_t>(out) % 64 == 0 && n * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+}
+
 // How much of `rows` rows of n may be streamed: all or nothing. Rows that are taken Twice from their
-// beginning, with scratch in that order, only if each begins with a cache line.
+// beginning, with scratch in that order, only if they are in lines.
 template <class T>
 int64_t streamed_bytes(const T* out, int64_t rows, int64_t n) {
-  const int64_t row = n * static_cast<int64_t>(sizeof(T));
-  const bool in_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && row % 64 == 0;
-  return out != nullptr && (in_lines || !kTwice<T>) ? rows * row : 0;
+  const bool may = out != nullptr && (in_lines(out, n) || !kTwice<T>);
+  return may ? rows * n * static_cast<int64_t>(sizeof(T)) : 0;
 }
 
 template <class T, class V, class Lanes>
@@ -81,13 +98,7 @@ FG_INLINE void for_lanes_out(const T* to, int64_t n, bool streaming, const Body&
   int64_t j = past == 0 ? 0 : static_cast<int64_t>((kAligned - past) / sizeof(T));
   if (j > n) j = n;
   if (j > 0) for_lanes<1>(j, body);
-  const auto streamed = [] {
-    if constexpr (Two) {
-      return StreamTwice{};
-    } else {
-      return Stream{};
-    }
-  }();
+  const typename Wholes<Two>::Streamed streamed;
   for (; j + U * kStep <= n; j += U * kStep) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) body(j + u * kStep, u, streamed);

@@ -50,6 +50,19 @@ def test_a_row_has_the_same_bits_in_a_tensor_of_any_size(op: str, dtype: torch.d
         assert same_bits(many[-7:], few)
 
 
+@pytest.mark.parametrize("length", [224, 225])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_rows_have_the_same_bits_in_a_tensor_of_any_size(dtype: torch.dtype, length: int) -> None:
+    """A row is written beside the exponentials of the next, which is longer, or the first of another sequence."""
+    many = STREAMED // (length * length * dtype.itemsize) + 1
+    x = torch.randn(many, length, length, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for function in (
+        lambda x: ops.softmax(x, causal=True, backend="cpu"),
+        lambda x: gradient(lambda x: ops.softmax(x, causal=True, backend="cpu"), x),
+    ):
+        assert same_bits(function(x)[-2:], torch.cat([function(x[-2:-1].clone()), function(x[-1:].clone())]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("width", [64, 65, 70])
