@@ -72,7 +72,7 @@ void forward_rows(const Forward& a, int64_t begin, int64_t end) {
         stream_copy(out, row, bytes, next);
       } else {
         for (int64_t j = 0; j < a.n; j += 64 / static_cast<int64_t>(sizeof(T))) prefetch(next + j);
-        std::memcpy(out, row, static_cast<uint64_t>(bytes));
+        if (bytes > 0) std::memcpy(out, row, static_cast<uint64_t>(bytes));
       }
     } else {
       for_lanes_out<4, kTwice<T>>(out, a.n, streaming.on, [&](int64_t j, int, auto lanes) FG_LAMBDA {
@@ -106,7 +106,7 @@ struct Segments {
 void sort_by_index(const int64_t* index, int64_t count, int64_t rows, int64_t left_out, int64_t* order,
                    int64_t* ends) {
   const auto kept = [&](int64_t v) { return v >= 0 && v < rows && v != left_out; };
-  std::memset(ends, 0, static_cast<uint64_t>(rows) * sizeof(int64_t));
+  if (rows > 0) std::memset(ends, 0, static_cast<uint64_t>(rows) * sizeof(int64_t));
   for (int64_t i = 0; i < count; ++i)
     if (kept(index[i])) ++ends[index[i]];
   int64_t total = 0;
@@ -121,7 +121,7 @@ void sort_by_index(const int64_t* index, int64_t count, int64_t rows, int64_t le
 
 void write_zeros(void* to, int64_t bytes) {
   if (bytes >= kStreamedBytes) return stream_zeros(to, bytes);
-  std::memset(to, 0, static_cast<uint64_t>(bytes));
+  if (bytes > 0) std::memset(to, 0, static_cast<uint64_t>(bytes));
 }
 
 // out = before + sum of K rows, all of n elements; `before` may be null, or out itself.

@@ -50,10 +50,11 @@ inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int 
 
 // Rows per chunk, where no sum depends on it: some 16 chunks a thread to balance them, of at least 4K and at
 // most 64K elements to hide the hand-out. Fewer and larger ones leave a thread the rows that it has asked for
-// ahead.
+// ahead: also of the widest rows a few stay together.
 inline int64_t rows_per_chunk(int64_t rows, int64_t cols, int num_threads) {
-  const int64_t share = rows * cols / (16 * max_of(1, num_threads));
-  return max_of(1, min_of(64 * 1024, max_of(4 * 1024, share)) / max_of(1, cols));
+  const int64_t chunks = 16 * max_of(1, num_threads), share = rows * cols / chunks;
+  const int64_t together = min_of(8, rows / chunks);
+  return max_of(max_of(1, together), min_of(64 * 1024, max_of(4 * 1024, share)) / max_of(1, cols));
 }
 
 // Fixed parts for sums over rows: at least 32 rows each, at most 64 parts.

@@ -10,6 +10,7 @@
 
 #include "export.h"
 #include "math.h"
+#include "online.h"
 #include "parallel.h"
 #include "philox.h"
 #include "reduce.h"
@@ -31,26 +32,33 @@ struct MaskRows {
   }
 };
 
+// Rows from this width on are read twice, without scratch: exponentials, as wide in fp32, would not fit in
+// the core's second cache beside x, y and the next row.
+constexpr int64_t kWide = 16 * 1024;
+
 struct Problem {
   int64_t rows, cols, queries;  // queries = 0 without causality
   float scale;
   bool dropping;
   Dropout dropout;
 
-  // Of an output. Rows that end in zeros are streamed only if they begin with a cache line: then the one line
-  // in which values end is stored plainly, and no line in both ways.
+  // Of an output, whether exponentials or the gradient. Rows that end in zeros are streamed only if they
+  // begin with a cache line: then the one line in which values end is stored plainly, and no line in both
+  // ways. Where scratch is in the order of vectors taken Twice, so must be the output.
   template <class T>
-  int64_t streamed(const T* y) const {
+  int64_t streamed(const T* y, bool gradient) const {
+    const bool any_place = queries == 0 && (gradient || wide());
+    if (any_place) return y != nullptr ? rows * cols * static_cast<int64_t>(sizeof(T)) : 0;
     return queries == 0 || in_lines(y, cols) ? streamed_bytes(y, rows, cols) : 0;
   }
+
+  bool wide() const { return cols >= kWide; }
 
   int64_t visible(int64_t row) const {
     if (queries == 0) return cols;
     return min_of(cols, max_of(0, row % queries + 1 + cols - queries));
   }
 };
-
-constexpr float kInf = __builtin_inff();
 
 // max of s(j, lanes) over [0, n), stepping over NaN; -inf for none.
 template <bool Two = false, class Score>
@@ -220,10 +228,34 @@ void plain_rows(const Problem& a, const T* x, T* y, bool streaming, int64_t begi
   }
 }
 
+// Without mask and dropout, `wide`: nothing depends on where a vector begins.
+template <class T>
+void wide_rows(const Problem& a, const T* x, T* y, bool streaming, int64_t begin, int64_t end) {
+  const F scale = set(a.scale);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = a.visible(i);
+    const T *row = x + i * a.cols, *next = i + 1 < end ? row + a.cols : row;
+    T* y_row = y + i * a.cols;
+    const Sums sums = row_sums<false, kTwice<T>>(n, [&](int64_t j, auto lanes) FG_LAMBDA {
+      prefetch(row + j + kAhead);
+      return load(row + j, lanes) * scale;
+    });
+    const F minus_top = set(-sums.top), by = set(1.0f / sums.exps);
+    for_lanes_out<2, kTwice<T>>(y_row, n, streaming, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+      __builtin_prefetch(next + j, 0, 2);
+      const auto e =
+          each([&](F s) FG_LAMBDA { return exp_nonpositive(s * scale + minus_top); }, load(row + j, lanes));
+      put(y_row + j, e * by, lanes);
+    });
+    fill_zero(y_row, n, a.cols, streaming);
+  }
+}
+
 template <class T, class MaskType>
 void forward_rows(const Problem& a, const T* x, T* y, T* p, int kind, const MaskType* mask,
                   const MaskRows& mask_rows, int64_t column_stride, int64_t begin, int64_t end) {
-  const Streaming streaming(a.streamed(y));
+  const Streaming streaming(a.streamed(y, false));
+  if (kind == kNoMask && !a.dropping && a.wide()) return wide_rows(a, x, y, streaming.on, begin, end);
   if (kind == kNoMask && !a.dropping && (!streaming.on || in_lines(y, a.cols)))
     return plain_rows(a, x, y, streaming.on, begin, end);
   Scratch e(a.cols), mask_copy(kind == kNoMask ? 0 : a.cols);
@@ -347,7 +379,7 @@ void backward_masked(const Problem& a, const T* dy, const T* p, T* dx, MaskType*
   Scratch sums(parts == 1 ? 0 : groups * parts * mask_cols);
   const int64_t chunk = max_of(1, rows_per_chunk(a.rows, a.cols, num_threads) / size);
   parallel_chunks(groups * parts, chunk, a.rows * a.cols, num_threads, [&](int64_t begin, int64_t end) {
-    const Streaming streaming(a.streamed(dx));
+    const Streaming streaming(a.streamed(dx, true));
     Scratch block(mask_cols), part(mask_cols), g(a.dropping ? a.cols : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / parts, first = unit % parts * size, last = min_of(first + size, members);
@@ -417,7 +449,7 @@ void softmax_bwd(const void* dy, const void* p, void* dx, void* dmask, int64_t r
     if (dmask == nullptr) {
       parallel_chunks(rows, rows_per_chunk(rows, cols, num_threads), rows * cols, num_threads,
                       [&](int64_t begin, int64_t end) {
-                        const Streaming streaming(a.streamed(dx_t));
+                        const Streaming streaming(a.streamed(dx_t, true));
                         Scratch g(a.dropping ? cols : 0);
                         for (int64_t i = begin; i < end; ++i)
                           backward_row(a, dy_t, p_t, dx_t, nullptr, false, g.data, i, streaming.on);
