@@ -1,5 +1,5 @@
-"""`python -m benchmarks [--suite quick|cpu] …`; `report FILE`, `readme FILE`, `compare A B` on stored runs; `offline`
-compiles the Triton kernels without a GPU, `tune` chooses their configurations on one.
+"""`python -m benchmarks [--suite quick|cpu|gpt2]`; on stored runs `report FILE`, `readme FILE`, `compare A B`;
+`offline` compiles the Triton kernels without a GPU, `tune` chooses their configurations on one.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="keep: fastgpt.keep_large_blocks() for all contenders; both: one run each, compared",
     )
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="default: quick 270, cpu 3600; what is left is listed"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="default: quick 270, cpu 3600, gpt2 900; what is left is listed",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")

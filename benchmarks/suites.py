@@ -25,7 +25,7 @@ from fastgpt._core.spec import Case, OpSpec
 from fastgpt.testing.inputs import DTYPES, as_tuple
 
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
-BUDGETS = {"quick": 270.0, "cpu": 3600.0}  # seconds
+BUDGETS = {"quick": 270.0, "cpu": 3600.0, "gpt2": 900.0}  # seconds
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
 # Calls that move so much have their limit measured among them, so that both see the same neighbours on the machine.
 LIMIT_BESIDE = 16 * 2**20
@@ -104,7 +104,7 @@ def allowed(case: Case, dtype: str) -> bool:
 
 def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     """Run the suite within the budget; `emit` gets the rows of each case as soon as they are there."""
-    from benchmarks import gpt_step
+    from benchmarks import gpt2, gpt_step
 
     settings = {
         "suite": options.suite,
@@ -137,6 +137,8 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         *((f"{gpt_step.OP} {d}", partial(gpt_step.rows, d, options, budget)) for d in dtypes if with_step),
         *((case.name, timed(case)) for case in cases if case.rank > 0),
     ]
+    if options.suite == "gpt2":
+        jobs = gpt2.jobs(options, budget, meter)
     for done, (name, job) in enumerate(jobs):
         if budget.left < limits_took + 3.0:
             run.not_run.append(f"{name}: the budget of {options.budget:.0f} s is spent")

@@ -26,7 +26,7 @@ __all__ = [
     "Softmax",
 ]
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of ops.gelu
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # of ops.mlp: name -> `approximate` of ops.gelu
 
 
 def _positive(name: str, value: int) -> int:
@@ -188,7 +188,7 @@ class Softmax(nn.Module):
 
 
 class MLP(nn.Module):
-    """`c_proj(gelu(c_fc(x)))`: the bias of c_fc is added inside the GELU, so that both are one pass."""
+    """`c_proj(gelu(c_fc(x)))` as one op, which keeps the GELU's input and not its output."""
 
     def __init__(
         self,
@@ -209,11 +209,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.c_fc.in_features,):
             raise ValueError(f"x: expected a last dimension of {self.c_fc.in_features}, got {tuple(x.shape)}")
-        h = F.linear(x, self.c_fc.weight)
-        # Under autocast h is bf16, and so is the bias that nn.Linear would add.
-        bias = None if self.c_fc.bias is None else self.c_fc.bias.to(h.dtype)
-        h = ops.gelu(h, bias, approximate=ACTIVATIONS[self.activation], backend=self.backend)
-        return self.c_proj(h)
+        fc, proj = self.c_fc, self.c_proj
+        return ops.mlp(
+            x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation, backend=self.backend
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -244,8 +243,10 @@ class CausalSelfAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
             raise ValueError(f"x: expected [B, T, {self.c_attn.in_features}], got {tuple(x.shape)}")
         batch, length, dim = x.shape
-        out = ops.attention_qkv(self.c_attn(x), self.num_heads, causal=True, mask=mask, backend=self.backend)
-        out = self.c_proj(out.transpose(1, 2).reshape(batch, length, dim))
+        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, backend=self.backend)
+        out = ops.attention_qkv(qkv, self.num_heads, causal=True, mask=mask, backend=self.backend)
+        out = out.transpose(1, 2).reshape(batch, length, dim)
+        out = ops.linear(out, self.c_proj.weight, self.c_proj.bias, backend=self.backend)
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
 
 

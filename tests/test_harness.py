@@ -12,6 +12,7 @@ from honest_ops import GELU, LayerNorm, RMSNorm, Softmax
 from torch import Tensor
 from wrong_cross_entropy import CrossEntropy
 from wrong_embedding import EMBEDDING_CASES, Embedding
+from wrong_linear import MLP, Linear, LinearCrossEntropy
 from wrong_ops import FAULTS
 from wrong_rope import ROPE_CASES, Rope
 
@@ -52,6 +53,9 @@ HONEST = {
     "gelu": GELU(),
     "rms_norm": RMSNorm(),
     "rope": Rope(),
+    "linear": Linear(),
+    "linear_cross_entropy": LinearCrossEntropy(),
+    "mlp": MLP(),
     "softmax": Softmax(),
     "attention": Attention(),
     "attention_qkv": AttentionQKV(),

@@ -162,7 +162,7 @@ def test_bad_arguments_are_named(make, message: str) -> None:
 
 def test_backend_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for name in ("layer_norm", "gelu", "attention_qkv"):
+    for name in ("layer_norm", "linear", "mlp", "attention_qkv"):
         original = getattr(ops, name)
 
         def spy(*args, original=original, name=name, **kwargs):
@@ -171,4 +171,6 @@ def test_backend_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(ops, name, spy)
     fnn.Block(8, 2, backend="torch")(torch.randn(1, 3, 8))
-    assert seen == [(name, "torch") for name in ("layer_norm", "attention_qkv", "layer_norm", "gelu")]
+    assert seen == [
+        (name, "torch") for name in ("layer_norm", "linear", "attention_qkv", "linear", "layer_norm", "mlp")
+    ]

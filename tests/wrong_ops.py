@@ -12,6 +12,7 @@ from wrong_cross_entropy import FAULTS as CROSS_ENTROPY_FAULTS
 from wrong_embedding import EMBEDDING_FAULTS
 from wrong_glu import FAULTS as GLU_FAULTS
 from wrong_layer_norm import FAULTS as LAYER_NORM_FAULTS
+from wrong_linear import FAULTS as LINEAR_FAULTS
 from wrong_rms_norm import FAULTS as RMS_NORM_FAULTS
 from wrong_rope import ROPE_FAULTS
 
@@ -149,6 +150,7 @@ FAULTS = {
     **CROSS_ENTROPY_FAULTS,
     **GLU_FAULTS,
     **EMBEDDING_FAULTS,
+    **LINEAR_FAULTS,
     **RMS_NORM_FAULTS,
     **ROPE_FAULTS,
     TanhForErf: "bound", ErfForTanh: "bound", SigmoidGate: "bound", GateInBF16: "bound", TailCutOff: "bound",

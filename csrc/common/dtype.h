@@ -13,6 +13,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct i8 {  // of a weight: a whole number, to be multiplied by its row's scale
+  int8_t value;
+};
 
 template <class T>
 struct Type {

@@ -39,6 +39,7 @@ FG_INLINE To bit_cast(From from) {
 }
 
 FG_INLINE float to_float(float x) { return x; }
+FG_INLINE float to_float(i8 x) { return static_cast<float>(x.value); }
 FG_INLINE float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 FG_INLINE float to_float(f16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = (x.bits & 0x8000u) << 16;

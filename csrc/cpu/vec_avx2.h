@@ -109,6 +109,13 @@ FG_INLINE void store(f16* p, F a, Lanes lanes) {
   store16(p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
 }
 
+FG_INLINE F load(const i8* p, Full) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)))}; }
+FG_INLINE F load(const i8* p, Part part) {
+  i8 lanes[W] = {};
+  for (int i = 0; i < part.n; ++i) lanes[i] = p[i];
+  return load(lanes, Full{});
+}
+
 // Bytes of a boolean tensor: true where not zero, false in lanes beyond a part.
 FG_INLINE M load_bool(const uint8_t* p, Part part) {
   uint64_t bytes = 0;

@@ -3,6 +3,7 @@
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside GCC's own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -117,6 +118,13 @@ FG_INLINE void store(bf16* p, F a, Lanes lanes) {
 template <class Lanes>
 FG_INLINE void store(f16* p, F a, Lanes lanes) {
   store16(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), lanes);
+}
+
+FG_INLINE F load(const i8* p, Full) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))))};
+}
+FG_INLINE F load(const i8* p, Part part) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(part.n).v, p)))};
 }
 
 #define FG_TWICE 1

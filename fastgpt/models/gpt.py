@@ -180,11 +180,11 @@ class GPT(nn.Module):
         for block in self.h:
             delta, stream = block.advance(delta, stream, mask)
         x, _ = self.ln_f(delta, stream)
-        logits = F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if targets is None:
-            return logits
+            return ops.linear(x, head, backend=config.backend)
         labels = counted(targets, config.pad_idx)
-        return ops.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, backend=config.backend)
+        return ops.linear_cross_entropy(x, head, labels, ignore_index=IGNORE_INDEX, backend=config.backend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         config, learned = self.config, self.config.positions == "learned"

@@ -8,6 +8,9 @@ from fastgpt.ops.embedding import embedding
 from fastgpt.ops.geglu import geglu
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.linear import linear
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.mlp import mlp
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope
 from fastgpt.ops.softmax import softmax
@@ -22,6 +25,9 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "mlp",
     "rms_norm",
     "rope",
     "softmax",

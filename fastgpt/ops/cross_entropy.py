@@ -55,7 +55,7 @@ def cross_entropy(
     Gimelshein, "Online normalizer calculation for softmax", 2018).
     """
     run, chosen, args = planned(SPEC, backend, (logits, targets, ignore_index, label_smoothing, reduction))
-    _check_values(targets, logits.shape[-1], ignore_index)
+    check_values(targets, logits.shape[-1], ignore_index)
     if run is None:
         return apply(_CrossEntropy, chosen, *args)
     return run(*args)[0]
@@ -107,14 +107,7 @@ def _prepare(
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, int, float, str]:
     validate.floating("logits", logits)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected torch.int64, got {targets.dtype}")
-    validate.shape("targets", targets, logits.shape[:-1])
-    validate.same_device("targets", targets, "logits", logits)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    check_targets(targets, logits, "logits", ignore_index)
     label_smoothing = validate.number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= s <= 1, got {label_smoothing}")
@@ -122,7 +115,20 @@ def _prepare(
     return logits, targets, ignore_index, label_smoothing, reduction
 
 
-def _check_values(targets: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(targets: Any, rows: Tensor, name: str, ignore_index: Any) -> None:
+    """One int64 target for each of the rows, which are called `name`."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected torch.int64, got {targets.dtype}")
+    validate.shape("targets", targets, rows.shape[:-1])
+    validate.same_device("targets", targets, name, rows)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+
+
+def check_values(targets: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError for a target that is no class, where its value can be looked at."""
     found = extremes(targets)
     if found is None or (found[0] >= 0 and found[1] < classes):
         return

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastgpt.reference import gelu as reference
 from fastgpt.reference.common import Condition, upcast
+from fastgpt.reference.gelu import APPROXIMATE
 from fastgpt.reference.swiglu import swiglu, swiglu_bwd
 
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate`
-APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:

@@ -21,6 +21,8 @@ SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 CUBIC = 0.044715
 
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # by the name of an activation
+
 
 def gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """y in x's dtype; bias [n] over the last dimension."""
@@ -35,21 +37,30 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
     x, bias, approximate = inputs["x"], inputs.get("bias"), inputs.get("approximate", "none")
     z = x if bias is None else x + bias
     z_abs = x.abs() if bias is None else x.abs() + bias.abs()
-    slope = _slope(z, approximate).abs()
-    found = {"y": Condition(z.abs() + slope * z_abs)}
+    found = {"y": Condition(z.abs() + slope(z, approximate).abs() * z_abs)}
     dy = grads.get("y")
     if dy is None:
         return found
-    # dy/dz = Phi + z * phi: the terms as they are summed, and z's own rounding through the bell's curvature.
-    bell = torch.exp(-0.5 * z.square())
-    dx = dy.abs() * (1.0 + z.abs() * bell + (1.0 + z.square()) * bell * z_abs)
-    if approximate == "tanh":
-        # 1 - t**2 cancels, until t is exactly 1 in fp32 and the difference exactly 0.
-        t, inner = _tanh_and_inner(z)
-        dx = dx + dy.abs() * z.abs() * inner * (1.0 - t.abs() > 2.0**-26)
+    dx = slope_amplitude(dy, z, z_abs, approximate)
     found["dx"] = Condition(dx)
     found["dbias"] = Condition(dx.sum_to_size(x.shape[-1:]))
     return found
+
+
+def slope_amplitude(dy: Tensor, z: Tensor, z_abs: Tensor, approximate: str) -> Tensor:
+    """The amplitude of dy * dgelu/dz, where that of z is z_abs."""
+    # dy/dz = Phi + z * phi: the terms as they are summed, and z's own rounding through the bell's curvature.
+    dz = dy.abs() * (1.0 + z.abs() * torch.exp(-0.5 * z.square())) + curvature(dy, z) * z_abs
+    if approximate == "tanh":
+        # 1 - t**2 cancels, until t is exactly 1 in fp32 and the difference exactly 0.
+        t, inner = _tanh_and_inner(z)
+        dz = dz + dy.abs() * z.abs() * inner * (1.0 - t.abs() > 2.0**-26)
+    return dz
+
+
+def curvature(dy: Tensor, z: Tensor) -> Tensor:
+    """What an error of 1 in z makes of dy * dgelu/dz, at the most."""
+    return dy.abs() * (1.0 + z.square()) * torch.exp(-0.5 * z.square())
 
 
 def supports(x: Tensor, bias: Tensor | None, approximate: str) -> None:
@@ -69,7 +80,7 @@ def gelu_bwd(
     z = upcast(x)
     if bias is not None:
         z = z + upcast(bias)
-    dz = upcast(dy) * _slope(z, approximate)
+    dz = upcast(dy) * slope(z, approximate)
     dbias = dz.sum_to_size(x.shape[-1:]).to(x.dtype, copy=True) if need_dbias else None
     dx = dz.to(x.dtype, memory_format=torch.contiguous_format, copy=True) if need_dx else None
     return dx, dbias
@@ -81,7 +92,7 @@ def _gate(z: Tensor, approximate: str) -> Tensor:
     return 0.5 * (1.0 + torch.erf(z * SQRT_HALF))
 
 
-def _slope(z: Tensor, approximate: str) -> Tensor:
+def slope(z: Tensor, approximate: str) -> Tensor:
     """d(z * gate(z)) / dz."""
     if approximate == "tanh":
         t, inner = _tanh_and_inner(z)

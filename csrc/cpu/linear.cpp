@@ -1,0 +1,88 @@
+// What the CPU's linear layers have of their own beside the library's product: a handful of rows, where W is
+// all that moves, and the bias' gradient.
+//
+//   y = act(x W^T + bias),  dbias = sum over the rows of dy
+
+#include "export.h"
+#include "few_rows.h"
+#include "math.h"
+#include "reduce.h"
+
+namespace fg::FG_LEVEL {
+namespace {
+
+enum Activation : int { kNoActivation = 0, kGelu = 1, kGeluTanh = 2 };
+
+FG_INLINE float activated(float z, int activation) {
+  float lanes[W];
+  if (activation == kGelu) {
+    store(lanes, gelu<kErf>(set(z)), Full{});
+  } else if (activation == kGeluTanh) {
+    store(lanes, gelu<kTanh>(set(z)), Full{});
+  } else {
+    return z;
+  }
+  return lanes[0];
+}
+
+}  // namespace
+
+// x: [rows, k] contiguous, 1 to 16 rows; weight: n rows of k adjacent elements, ldw apart; bias may be null;
+// y, and h = x W^T unless null: [rows, n] contiguous; all of one dtype.
+void linear_few_rows(const void* x, const void* weight, const void* bias, void* y, void* h, int64_t rows,
+                     int64_t k, int64_t n, int64_t ldw, int dtype, int activation, int num_threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t ldx = ceil_div(k, 2 * W) * 2 * W;
+    Scratch rows_of_x(rows * ldx);
+    for (int64_t r = 0; r < rows; ++r)
+      spread<T>(static_cast<const T*>(x) + r * k, rows_of_x.data + r * ldx, k);
+    const T *w = static_cast<const T*>(weight), *b = static_cast<const T*>(bias);
+    T *out = static_cast<T*>(y), *kept = static_cast<T*>(h);
+    // Whole rows of W for each thread, adjacent: memory is read in long stretches.
+    const int64_t chunk = max_of(1, ceil_div(ceil_div(n, max_of(1, num_threads)), 48) * 48);
+    parallel_chunks(n, min_of(chunk, max_of(48, ceil_div(n, 4 * max_of(1, num_threads)))), n * k, num_threads,
+                    [&](int64_t begin, int64_t end) {
+                      few_rows(rows_of_x.data, ldx, rows, w, ldw, k, begin, end,
+                               [&](int64_t r, int64_t j, float sum) FG_LAMBDA {
+                                 if (kept != nullptr) store_scalar(kept + r * n + j, sum);
+                                 const float z = b != nullptr ? sum + load_scalar(b + j) : sum;
+                                 store_scalar(out + r * n + j, activated(z, activation));
+                               });
+                    });
+  });
+}
+
+// dbias [n] of dy: rows of n adjacent elements, `stride` apart.
+void linear_dbias(const void* dy, void* dbias, int64_t rows, int64_t n, int64_t stride, int dtype,
+                  int num_threads) {
+  const Parts parts(rows);
+  Scratch sums(max_of(1, parts.count) * n);
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_chunks(rows, max_of(1, parts.size), rows * n, num_threads, [&](int64_t begin, int64_t end) {
+      Scratch block(n);
+      float* own = sums.data + begin / parts.size * n;
+      const auto clear = [n](float* to) {
+        for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA { store(to + j, set(0.0f), lanes); });
+      };
+      clear(own);
+      for (int64_t i = begin; i < end; i += kFlushRows) {
+        clear(block.data);
+        for (int64_t r = i; r < min_of(i + kFlushRows, end); ++r) {
+          const T* row = static_cast<const T*>(dy) + r * stride;
+          for_lanes<4, kTwice<T>>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+            prefetch(row + stride + j);
+            store_scratch(block.data + j, load_scratch(block.data + j, lanes) + load(row + j, lanes), lanes);
+          });
+        }
+        add_into(own, block.data, n);
+      }
+    });
+    reduce_parts<kTwice<T>>(sums.data, parts.count, n, n, static_cast<T*>(dbias), num_threads);
+  });
+}
+
+}  // namespace fg::FG_LEVEL
+
+FG_EXPORTS(linear, FG_EXPORT(linear_few_rows), FG_EXPORT(linear_dbias))

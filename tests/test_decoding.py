@@ -1,0 +1,136 @@
+"""The decoder against the model that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastgpt_kernels import load_cpu
+from fastgpt_kernels.cpu.decode import quantized
+
+from fastgpt import GPT
+from fastgpt.decoding import Decoder
+from fastgpt.testing.memory import same_bits
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "embedding_dim": 48, "num_heads": 4, "num_layers": 3, "max_seq_length": 40,
+}  # fmt: skip
+
+
+def model(**options: Any) -> GPT:
+    torch.manual_seed(0)
+    made = GPT(**{**SIZES, **options}).eval()
+    with torch.no_grad():  # logits as spread out as a trained model's, and biases that are not zero
+        for name, p in made.named_parameters():
+            p.copy_(
+                torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.5)
+                + (name.endswith("weight") and p.dim() == 1)
+            )
+    return made
+
+
+@pytest.fixture(params=load_cpu().isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = load_cpu().isa()
+    load_cpu().set_isa(request.param)
+    yield request.param
+    load_cpu().set_isa(before)
+
+
+def logits_of(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    decoder.reset()
+    return torch.stack([decoder.step(column) for column in tokens.unbind(1)], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "gelu", "bias": False, "tie_output": False},
+        {"positions": "sinusoidal", "num_heads": 3, "embedding_dim": 33, "hidden_dim": 50},
+    ],
+    ids=["gpt2", "untied", "odd"],
+)
+def test_logits_are_the_models(options: dict[str, Any], batch: int, isa: str) -> None:
+    """fp32 at every step; each row is what it would be alone."""
+    made = model(**options)
+    tokens = torch.randint(0, 101, (batch, 20))
+    with torch.no_grad():
+        expected = made(tokens)
+    got = logits_of(Decoder(made, weights="fp32", batch=batch, max_length=20), tokens)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_rounded_weights_are_all_that_differs(weights: str, isa: str) -> None:
+    """The decoder against fp32 decoding with the weights rounded beforehand: what is left is the cache in bf16."""
+    made, rounded = model(), model()
+    with torch.no_grad():
+        for name, p in rounded.named_parameters():
+            if p.dim() == 2 and "wpe" not in name:
+                packed = quantized(p, torch.int8 if weights == "int8" else torch.bfloat16)
+                p.copy_(packed.weight.float() * (1.0 if packed.scale is None else packed.scale[:, None]))
+    tokens = torch.randint(0, 101, (2, 20))
+    got = logits_of(Decoder(made, weights=weights, batch=2), tokens)
+    expected = logits_of(Decoder(rounded, weights="fp32", batch=2), tokens)
+    scale = expected.abs().max()
+    assert (got - expected).abs().max() < 0.02 * scale
+    assert (got - expected).abs().mean() < 0.002 * scale
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_the_same_bits_for_any_number_of_threads(weights: str) -> None:
+    decoder, tokens = Decoder(model(), weights=weights, batch=2), torch.randint(0, 101, (2, 12))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(logits_of(decoder, tokens))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_int8_rows_are_within_half_a_step() -> None:
+    weight = torch.randn(7, 33) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0, 1e-30, 2.0])[:, None]
+    packed = quantized(weight, torch.int8)
+    assert packed.scale is not None
+    error = (packed.weight.float() * packed.scale[:, None] - weight).abs()
+    assert (error <= 0.5001 * packed.scale[:, None] + 1e-37).all()
+
+
+def test_prefill_is_steps_and_reset_forgets() -> None:
+    decoder, tokens = Decoder(model(), batch=2), torch.randint(0, 101, (2, 9))
+    last = decoder.prefill(tokens)
+    assert decoder.lengths.tolist() == [9, 9]
+    again = logits_of(decoder, tokens)
+    assert same_bits(again[:, -1], last)
+    assert decoder.bytes_per_step > sum(p.numel() for p in model().parameters() if p.dim() == 2) * 2 * 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "fp8"}, "weights: expected one of fp32, bf16, int8, got 'fp8'"),
+        ({"batch": 17}, "batch: expected 1 to 16"),
+        ({"max_length": 41}, "max_length: expected 1 to max_seq_length=40"),
+    ],
+)
+def test_a_wrong_option_is_a_value_error(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoder(model(), **arguments)
+
+
+def test_wrong_tokens_are_a_value_error() -> None:
+    decoder = Decoder(model(), max_length=2)
+    with pytest.raises(TypeError, match="model: expected a fastgpt"):
+        Decoder(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    for tokens, message in ((torch.tensor([1, 2]), "shape"), (torch.tensor([101]), r"ids in \[0, 101\)")):
+        with pytest.raises(ValueError, match=message):
+            decoder.step(tokens)
+    decoder.prefill(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="at most max_length=2"):
+        decoder.step(torch.tensor([3]))
