@@ -119,6 +119,9 @@ _ROW_CASES: Mapping[str, tuple[Case, ...]] = {
     ),
 }
 _QUICK_ROWS = {
+    "linear": (Case((2048, 768), {"n": 3072, "bias": True, "activation": "gelu_tanh"}),),
+    "linear_cross_entropy": (Case((2048, 768), {"n": 50257}),),
+    "mlp": (Case((2048, 768), {"m": 3072, "n": 768, "bias": True}),),
     "layer_norm": (Case((8192, 768)), Case((8192, 8192), {"residual": True})),
     "geglu": (Case((8192, 3072), {"approximate": "tanh"}),),
     "swiglu": (Case((8192, 3072)),),

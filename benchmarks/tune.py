@@ -44,6 +44,10 @@ _CHECKS: Mapping[str, tuple[Case, ...]] = {
     "embedding": tuple(Case((3, 200, n), {"positions": "all", "frequent": True}) for n in (768, 1600, 4096)),
     "geglu": (Case((9, 1024)),),
     "cross_entropy": tuple(Case((9, n)) for n in (768, 32768, 65536, 131072)),
+    "linear": tuple(
+        Case((20, k), {"n": n, "bias": True, "activation": "gelu_tanh"})
+        for n, k in ((3072, 768), (768, 3072), (6400, 1600), (4096, 4096))
+    ),
     "gelu": tuple(Case((9, n), {"bias": True, "approximate": "tanh"}) for n in _WIDTHS),
     "rms_norm": tuple(Case((9, n)) for n in _WIDTHS),
     "rope": tuple(Case((2, 12, 33, n), {"layout": "BTHD", "k_heads": 3}) for n in (64, 128)),

@@ -153,7 +153,7 @@ SMALL = [
     (spec.name, case)
     for spec in registry.ops()
     for case in spec.suite_cpu
-    if torch.Size(case.shape).numel() <= 2**16
+    if torch.Size(case.shape).numel() * case.options.get("n", 1) <= 2**16
 ]
 
 

@@ -188,6 +188,12 @@ _BENCH = tuple(
     for shape, n in _SHAPES
     for form in ({}, *([{"activation": "gelu_tanh"}] if n > shape[-1] else []))
 )
+_ONE_ROW = (((1, 768), 50304), ((1, 4096), 4096), ((1, 1600), 6400))  # decoding: the weight is all that moves
+_CPU = (
+    *_BENCH,
+    *(Case((rows, k), {"n": n}) for (_, k), n in _ONE_ROW for rows in (1, 8)),
+    Case((4, 64), {"n": 64, "bias": True}),
+)
 
 SPEC = register(
     OpSpec(
@@ -212,7 +218,7 @@ SPEC = register(
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,
-        cpu_cases=_BENCH,
+        cpu_cases=_CPU,
         cost=_cost,
         baseline=_baseline,
     )

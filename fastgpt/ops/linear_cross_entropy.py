@@ -252,7 +252,7 @@ SPEC = register(
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,
-        cpu_cases=_BENCH,
+        cpu_cases=(*_BENCH, Case((4, 64), {"n": 256})),
         cost=_cost,
         baseline=_baseline,
     )

@@ -221,7 +221,7 @@ SPEC = register(
         make_inputs=_make_inputs,
         cases=_CASES,
         bench_cases=_BENCH,
-        cpu_cases=_BENCH,
+        cpu_cases=(*_BENCH, Case((4, 64), {"m": 256, "n": 64, "bias": True})),
         cost=_cost,
         baseline=_baseline,
     )

@@ -54,6 +54,11 @@ def forced(kernel: str, config: LaunchConfig) -> Iterator[None]:
             _forced[kernel] = previous
 
 
+def being_proven(kernel: str) -> bool:
+    """Whether a kernel that has to be chosen runs anyway: in the interpreter, recorded, or forced by the tuner."""
+    return INTERPRETING or recorded_arch() is not None or kernel in _forced
+
+
 def configured(arch: str, kernel: str, key: str, rule: C) -> C:
     """What a heuristic returns: the forced configuration, else the recorded one of `arch`, else its `rule`."""
     if _forced and kernel in _forced:
