@@ -72,9 +72,16 @@ class Decoder:
         """Logits [batch, vocab_size], fp32, of what follows when `tokens` [batch] are appended to the sequences.
 
         Raises:
-            ValueError: a token that is none; a sequence that is full.
+            ValueError: a token that is none, or the padding; a sequence that is full.
         """
         check_ids("tokens", tokens, self.config.vocab_size, torch.device("cpu"))
+        if isinstance(tokens, Tensor) and type(tokens) is not Tensor:
+            tokens = tokens.as_subclass(Tensor)  # whose values are looked at
+            check_ids("tokens", tokens, self.config.vocab_size, torch.device("cpu"))
+        if self.config.pad_idx is not None and bool((tokens == self.config.pad_idx).any()):
+            raise ValueError(
+                f"tokens: expected none equal to pad_idx={self.config.pad_idx}: all are looked at"
+            )
         if tokens.shape != (self.batch,):
             raise ValueError(f"tokens: expected shape ({self.batch},), got {tuple(tokens.shape)}")
         if int(self.lengths.max()) >= self.max_length:
@@ -113,7 +120,7 @@ def _pack(decode: Any, model: GPT, dtype: torch.dtype) -> Any:
     config = model.config
 
     def fp32(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().float().contiguous()
+        return None if t is None else t.detach().to(torch.float32, copy=True).contiguous()
 
     def norm(module: Any) -> Any:
         return decode.Norm(fp32(module.weight), fp32(module.bias))

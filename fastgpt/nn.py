@@ -53,6 +53,18 @@ def _probability(name: str, value: float) -> float:
     return float(value)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias: no subclass or stand-in (adapters, quantisation), and no hooks."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks)
+
+
+def _linear(layer: nn.Linear, x: Tensor, backend: Backend) -> Tensor:
+    if not _is_plain(layer):
+        return layer(x)
+    return ops.linear(x, layer.weight, layer.bias, backend=backend)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each module is in the mode it was in, whatever happened."""
@@ -210,6 +222,8 @@ class MLP(nn.Module):
         if x.shape[-1:] != (self.c_fc.in_features,):
             raise ValueError(f"x: expected a last dimension of {self.c_fc.in_features}, got {tuple(x.shape)}")
         fc, proj = self.c_fc, self.c_proj
+        if not (_is_plain(fc) and _is_plain(proj)):
+            return proj(ops.gelu(fc(x), approximate=ACTIVATIONS[self.activation], backend=self.backend))
         return ops.mlp(
             x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation, backend=self.backend
         )
@@ -243,10 +257,10 @@ class CausalSelfAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.c_attn.in_features:
             raise ValueError(f"x: expected [B, T, {self.c_attn.in_features}], got {tuple(x.shape)}")
         batch, length, dim = x.shape
-        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, backend=self.backend)
+        qkv = _linear(self.c_attn, x, self.backend)
         out = ops.attention_qkv(qkv, self.num_heads, causal=True, mask=mask, backend=self.backend)
         out = out.transpose(1, 2).reshape(batch, length, dim)
-        out = ops.linear(out, self.c_proj.weight, self.c_proj.bias, backend=self.backend)
+        out = _linear(self.c_proj, out, self.backend)
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
 
 

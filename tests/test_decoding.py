@@ -82,8 +82,10 @@ def test_rounded_weights_are_all_that_differs(weights: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
-def test_the_same_bits_for_any_number_of_threads(weights: str) -> None:
-    decoder, tokens = Decoder(model(), weights=weights, batch=2), torch.randint(0, 101, (2, 12))
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 12])
+def test_the_same_bits_for_any_number_of_threads(weights: str, batch: int) -> None:
+    made = model(embedding_dim=200, num_layers=2)
+    decoder, tokens = Decoder(made, weights=weights, batch=batch), torch.randint(0, 101, (batch, 6))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -131,6 +133,21 @@ def test_wrong_tokens_are_a_value_error() -> None:
     for tokens, message in ((torch.tensor([1, 2]), "shape"), (torch.tensor([101]), r"ids in \[0, 101\)")):
         with pytest.raises(ValueError, match=message):
             decoder.step(tokens)
+    with pytest.raises(ValueError, match="ids in"):  # a subclass is looked into as well
+        decoder.step(torch.nn.Parameter(torch.tensor([10**9]), requires_grad=False))
+    with pytest.raises(ValueError, match="pad_idx=0"):
+        Decoder(model(pad_idx=0)).step(torch.tensor([0]))
     decoder.prefill(torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="at most max_length=2"):
         decoder.step(torch.tensor([3]))
+
+
+def test_the_model_may_change_afterwards() -> None:
+    made, token = model(), torch.tensor([3])
+    decoder = Decoder(made)
+    before = decoder.step(token)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.zero_()
+    decoder.reset()
+    assert same_bits(decoder.step(token), before)

@@ -174,3 +174,30 @@ def test_backend_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [
         (name, "torch") for name in ("layer_norm", "linear", "attention_qkv", "linear", "layer_norm", "mlp")
     ]
+
+
+def test_layers_that_are_more_than_their_weights_are_called() -> None:
+    """Hooks run, and what stands in for a layer (an adapter, a quantised one) is not passed over."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1.0
+
+    torch.manual_seed(0)
+    block, x = fnn.Block(8, 2), torch.randn(1, 3, 8)
+    plain = block(x)
+    seen = []
+    layers = {
+        "c_attn": block.attn.c_attn,
+        "c_proj": block.attn.c_proj,
+        "fc": block.mlp.c_fc,
+        "out": block.mlp.c_proj,
+    }
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    torch.testing.assert_close(block(x), plain)
+    assert seen == list(layers)
+    adapted = Adapted(32, 8)
+    adapted.load_state_dict(block.mlp.c_proj.state_dict())
+    block.mlp.c_proj = adapted
+    torch.testing.assert_close(block(x), plain + 1.0)

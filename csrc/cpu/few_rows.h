@@ -24,7 +24,9 @@ constexpr int64_t kAskAhead = 2048;
 // sums[r * J + i] = sum over j of x[r][j] w[i][j], for R rows of x and J of W.
 template <int R, int J, class T>
 FG_INLINE void dot_rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, float* sums) {
-  constexpr int U = R * J == 1 ? 4 : R * J <= 4 ? 2 : 1;  // accumulators for each sum: a chain waits 4 cycles
+  // Accumulators for each sum: a chain waits 4 cycles. Never by J, which is 1 for the rows of W left at the
+  // end of a stretch: a sum has one order wherever it stands.
+  constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
   F acc[R * J][U];
 #pragma GCC unroll 32
   for (int i = 0; i < R * J; ++i)

@@ -228,7 +228,8 @@ void plain_rows(const Problem& a, const T* x, T* y, bool streaming, int64_t begi
   }
 }
 
-// Without mask and dropout, `wide`: nothing depends on where a vector begins.
+// Without mask and dropout, `wide`: nothing depends on where a vector begins. A score may be up to kSlack
+// above `top`, where every level's exponential is still right.
 template <class T>
 void wide_rows(const Problem& a, const T* x, T* y, bool streaming, int64_t begin, int64_t end) {
   const F scale = set(a.scale);

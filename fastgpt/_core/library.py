@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 
 from fastgpt._core.guard import plain_eager
 from fastgpt._core.spec import OpSpec
@@ -40,9 +42,12 @@ def define(spec: OpSpec, backend: str, module: ModuleType, devices: Sequence[str
 def call(entry: str, backend: str, *args: Any) -> Any:
     """Run `entry` ("layer_norm_fwd") of `backend`."""
     name = f"{entry}_{backend}"
-    if plain_eager(args):
-        return _DIRECT[name](*args)
-    return _REGISTERED[name](*args)
+    run = _DIRECT[name] if plain_eager(args) else _REGISTERED[name]
+    if not is_compiling() and _is_any_autocast_enabled():
+        # Its rules were applied before, and backward runs in the dtypes of forward: a product in a kernel is its own.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return run(*args)
+    return run(*args)
 
 
 def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:

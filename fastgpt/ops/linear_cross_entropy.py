@@ -50,7 +50,8 @@ def linear_cross_entropy(
 
     For "mean" and "sum" forward computes the gradients too, block by block of the logits, three products in all, and
     backward scales them (Liger-Kernel's method, arXiv:2410.10989, section 3.2). A second backward through the same
-    graph, and "none", compute the logits once more.
+    graph, "none", and fp16, whose small gradients live by the scale of the loss, compute the logits once more.
+    Activation checkpointing of this op costs all of its time again and saves nothing.
     """
     run, chosen, args = planned(SPEC, backend, (x, weight, targets, ignore_index, reduction))
     check_values(targets, weight.shape[0], ignore_index)
@@ -71,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         _, need_dx, need_dweight, *_ = ctx.needs_input_grad
-        now = reduction != "none"
+        now = _made_in_forward(x, reduction)
         loss, lse, count, *grads = call(
             "linear_cross_entropy_fwd",
             backend,
@@ -106,13 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
 
             return None, *backward_through(loss, (x, weight), dloss), None, None, None
-        each = ctx.options[1] == "none"  # each row's loss has a gradient of its own
+        now = _made_in_forward(x, ctx.options[1])
         if not torch.compiler.is_compiling():
             made, ctx.made = ctx.made, None
-            if made is None and not each:  # given away by an earlier backward
+            if made is None and now:  # given away by an earlier backward
                 state = (x, weight, targets, *ctx.options)
                 _, _, _, *made = call("linear_cross_entropy_fwd", ctx.backend, *state, *needs)
-        if made is not None and not each and validate.readable(dloss) and dloss.item() == 1.0:
+        if made is not None and now and validate.readable(dloss) and dloss.item() == 1.0:
             grads = made
         else:
             dx, dweight = made or (None, None)
@@ -120,6 +121,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = call("linear_cross_entropy_bwd", ctx.backend, dloss, *state, *needs)
         dx, dweight = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return None, dx, dweight, None, None, None
+
+
+def _made_in_forward(x: Tensor, reduction: str) -> bool:
+    """Whether gradients for dloss = 1 serve: not where each row has its own, nor where they would underflow."""
+    return reduction != "none" and x.dtype != torch.float16
 
 
 def _prepare(

@@ -61,11 +61,13 @@ def condition(inputs: Mapping[str, Any], grads: Mapping[str, Tensor]) -> dict[st
         base["dlogits"].amplitude + in_dlogits(logits_abs), dlogits.abs() + in_dlogits(logits.abs())
     )
     products = product_conditions(dlogits, errors, x, weight)
+    counted = torch.ones_like(dlogits).masked_fill(ignored.unsqueeze(-1), 0.0)  # of fp16 some are subnormal
     for name in ("dx", "dweight"):
         amplitude, rounded, _ = products[name]
         assert rounded is not None
         absolute = dlogits.abs() @ weight.abs() if name == "dx" else _over_rows(dlogits, x)
-        found[name] = Condition(amplitude, rounded + (1 if name == "dx" else ROUNDINGS) * absolute)
+        flat = counted @ weight.abs() if name == "dx" else _over_rows(counted, x)
+        found[name] = Condition(amplitude, rounded + (1 if name == "dx" else ROUNDINGS) * absolute, flat)
     return found
 
 
@@ -100,7 +102,11 @@ def linear_cross_entropy_fwd(
 
 def scaled(grad: Tensor | None, dloss: Tensor, needed: bool) -> Tensor | None:
     """The gradient for dloss from that for 1."""
-    return grad * dloss.to(grad.dtype) if needed and grad is not None else None
+    if not needed or grad is None:
+        return None
+    if dloss.is_cpu:  # never rounded to 16 bits itself
+        return grad * dloss.item()
+    return (grad.float() * dloss).to(grad.dtype)
 
 
 def linear_cross_entropy_bwd(

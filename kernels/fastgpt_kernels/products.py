@@ -218,7 +218,11 @@ def each_row(dloss: Tensor, targets: Tensor, count: Tensor | None, reduction: st
 
 def scaled(grad: Tensor | None, dloss: Tensor, needed: bool) -> Tensor | None:
     """The gradient for dloss from that which forward made for 1."""
-    return grad * dloss.to(grad.dtype) if needed and grad is not None else None
+    if not needed or grad is None:
+        return None
+    if dloss.is_cpu:  # never rounded to 16 bits itself
+        return grad * dloss.item()
+    return (grad.float() * dloss).to(grad.dtype)
 
 
 def reduced(losses: Tensor, count: Tensor | None, reduction: str) -> Tensor:

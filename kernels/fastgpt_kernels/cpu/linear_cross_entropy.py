@@ -36,9 +36,7 @@ def linear_cross_entropy_fwd(
 
     def step(logits: Tensor, rows: slice) -> Tensor | None:
         if need_dx or need_dweight:
-            return _into_gradient(
-                logits, g[rows], flat[rows], flat_losses[rows], flat_lse[rows], ignore_index
-            )
+            return into_gradient(logits, g[rows], flat[rows], flat_losses[rows], flat_lse[rows], ignore_index)
         loss, lse_rows, _ = cross_entropy_fwd(logits, flat[rows], ignore_index, 0.0, "none")
         flat_losses[rows], flat_lse[rows] = loss, lse_rows
         return None
@@ -71,12 +69,12 @@ def linear_cross_entropy_bwd(
     )
 
     def step(logits: Tensor, rows: slice) -> Tensor:
-        return _into_gradient(logits, g[rows], flat[rows], None, flat_lse[rows], ignore_index)
+        return into_gradient(logits, g[rows], flat[rows], None, flat_lse[rows], ignore_index)
 
     return products.sweep(x, weight, step, need_dx, need_dweight)
 
 
-def _into_gradient(
+def into_gradient(
     logits: Tensor, g: Tensor, targets: Tensor, losses: Tensor | None, lse: Tensor, ignore_index: int
 ) -> Tensor:
     """dlogits in the place of the logits; losses and lse are written where losses are asked for."""
