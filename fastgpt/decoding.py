@@ -74,10 +74,9 @@ class Decoder:
         Raises:
             ValueError: a token that is none, or the padding; a sequence that is full.
         """
+        if isinstance(tokens, Tensor):
+            tokens = tokens.as_subclass(Tensor)  # of others the values would not be looked at
         check_ids("tokens", tokens, self.config.vocab_size, torch.device("cpu"))
-        if isinstance(tokens, Tensor) and type(tokens) is not Tensor:
-            tokens = tokens.as_subclass(Tensor)  # whose values are looked at
-            check_ids("tokens", tokens, self.config.vocab_size, torch.device("cpu"))
         if self.config.pad_idx is not None and bool((tokens == self.config.pad_idx).any()):
             raise ValueError(
                 f"tokens: expected none equal to pad_idx={self.config.pad_idx}: all are looked at"
@@ -123,7 +122,8 @@ def _pack(decode: Any, model: GPT, dtype: torch.dtype) -> Any:
         return None if t is None else t.detach().to(torch.float32, copy=True).contiguous()
 
     def norm(module: Any) -> Any:
-        return decode.Norm(fp32(module.weight), fp32(module.bias))
+        bias = torch.zeros_like(module.weight) if module.bias is None else module.bias
+        return decode.Norm(fp32(module.weight), fp32(bias))
 
     def packed(layer: nn.Linear) -> Any:
         return decode.quantized(layer.weight, dtype)._replace(bias=fp32(layer.bias))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
+from fastgpt.ops.linear import APPROXIMATE as ACTIVATIONS  # name -> `approximate` of ops.gelu
 
 __all__ = [
     "GELU",
@@ -25,8 +26,6 @@ __all__ = [
     "RotaryEmbedding",
     "Softmax",
 ]
-
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # of ops.mlp: name -> `approximate` of ops.gelu
 
 
 def _positive(name: str, value: int) -> int:

@@ -16,6 +16,7 @@
 #include "export.h"
 #include "few_rows.h"
 #include "math.h"
+#include "norm_rows.h"
 
 namespace fg::FG_LEVEL {
 namespace {
@@ -61,23 +62,6 @@ struct Rows {
 
 inline int64_t padded(int64_t n) { return ceil_div(n, 2 * W) * 2 * W; }
 
-void layer_norm_row(const float* x, const float* w, const float* b, float* y, int64_t n, float eps) {
-  const float inverse = 1.0f / static_cast<float>(n);
-  const float mean =
-      sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA { return load(x + j, lanes); }) * inverse;
-  const float variance = sum_lanes(n, [&](int64_t j, auto lanes) FG_LAMBDA {
-    const F d = keep(load(x + j, lanes) - set(mean), lanes, set(0.0f));
-    return d * d;
-  });
-  const F rstd = set(1.0f / __builtin_sqrtf(variance * inverse + eps));
-  for_lanes<1>(n, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-    F v = (load(x + j, lanes) - set(mean)) * rstd;
-    if (w != nullptr) v = v * load(w + j, lanes);
-    if (b != nullptr) v = v + load(b + j, lanes);
-    store(y + j, v, lanes);
-  });
-}
-
 template <class T, class C>
 class Step {
  public:
@@ -88,6 +72,7 @@ class Step {
         thread_(thread),
         threads_(threads),
         normed_(s.batch * m.dim),
+        stats_(2 * s.batch),
         spread_(s.batch * padded(max_of(m.dim, m.hidden))),
         scores_(s.length + 2 * W),
         query_(4 * padded(m.dim / m.heads)) {}
@@ -145,8 +130,9 @@ class Step {
   }
 
   void norm(const float* w, const float* b) {
-    for (int64_t i = 0; i < s_.batch; ++i)
-      layer_norm_row(rows_.x + i * m_.dim, w, b, normed_.data + i * m_.dim, m_.dim, m_.eps);
+    forward_rows<float, float, true, false>({rows_.x, nullptr, w, b, normed_.data, nullptr, stats_.data,
+                                             stats_.data + s_.batch, s_.batch, m_.dim, m_.dim, 0, m_.eps},
+                                            0, s_.batch);
   }
 
   template <class Emit>
@@ -215,7 +201,7 @@ class Step {
   const State& s_;
   const Rows& rows_;
   int64_t thread_, threads_;
-  Scratch normed_, spread_, scores_, query_;
+  Scratch normed_, stats_, spread_, scores_, query_;
 };
 
 template <class T, class C>

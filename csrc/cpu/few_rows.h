@@ -8,8 +8,6 @@
 
 namespace fg::FG_LEVEL {
 
-constexpr int64_t kMostFew = 16;  // rows
-
 // x as fp32 in the order in which weights of type T are read.
 template <class T, class X>
 FG_INLINE void spread(const X* x, float* to, int64_t k) {

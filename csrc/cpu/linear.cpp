@@ -39,17 +39,15 @@ void linear_few_rows(const void* x, const void* weight, const void* bias, void* 
       spread<T>(static_cast<const T*>(x) + r * k, rows_of_x.data + r * ldx, k);
     const T *w = static_cast<const T*>(weight), *b = static_cast<const T*>(bias);
     T *out = static_cast<T*>(y), *kept = static_cast<T*>(h);
-    // Whole rows of W for each thread, adjacent: memory is read in long stretches.
-    const int64_t chunk = max_of(1, ceil_div(ceil_div(n, max_of(1, num_threads)), 48) * 48);
-    parallel_chunks(n, min_of(chunk, max_of(48, ceil_div(n, 4 * max_of(1, num_threads)))), n * k, num_threads,
-                    [&](int64_t begin, int64_t end) {
-                      few_rows(rows_of_x.data, ldx, rows, w, ldw, k, begin, end,
-                               [&](int64_t r, int64_t j, float sum) FG_LAMBDA {
-                                 if (kept != nullptr) store_scalar(kept + r * n + j, sum);
-                                 const float z = b != nullptr ? sum + load_scalar(b + j) : sum;
-                                 store_scalar(out + r * n + j, activated(z, activation));
-                               });
-                    });
+    const int64_t chunk = max_of(48, ceil_div(n, 4 * max_of(1, num_threads)));  // adjacent rows of W
+    parallel_chunks(n, chunk, n * k, num_threads, [&](int64_t begin, int64_t end) {
+      few_rows(rows_of_x.data, ldx, rows, w, ldw, k, begin, end,
+               [&](int64_t r, int64_t j, float sum) FG_LAMBDA {
+                 if (kept != nullptr) store_scalar(kept + r * n + j, sum);
+                 const float z = b != nullptr ? sum + load_scalar(b + j) : sum;
+                 store_scalar(out + r * n + j, activated(z, activation));
+               });
+    });
   });
 }
 

@@ -103,15 +103,17 @@ def mask(name: str, value: Any, other_name: str, other: Tensor, scores: Sequence
         )
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype where it is on; fp64 stays, as in PyTorch's own attention and products."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """In autocast's dtype where it is on, None as it is; fp64 stays, as in PyTorch's own attention and products."""
     if not torch._C._is_any_autocast_enabled():  # half a microsecond less than with the device's name
         return tensors
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(t.dtype == torch.float64 for t in tensors):
+    if not torch.is_autocast_enabled(device) or any(
+        t is not None and t.dtype == torch.float64 for t in tensors
+    ):
         return tensors
     lower = torch.get_autocast_dtype(device)
-    return tuple(t.to(lower) for t in tensors)
+    return tuple(None if t is None else t.to(lower) for t in tensors)
 
 
 def autocast_mask(mask: Any, x: Tensor) -> Any:

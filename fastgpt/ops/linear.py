@@ -80,27 +80,23 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None, str | None]:
     validate.floating("x", x)
     validate.choice("activation", activation, (None, *APPROXIMATE))
-    x, weight, bias = layer_in_one_dtype(x, weight, bias, "")
+    validate.floating("weight", weight)
+    if bias is not None:
+        validate.floating("bias", bias)
+    x, weight, bias = validate.autocast(x, weight, bias)
+    check_layer(x, x.shape[-1], weight, bias)
     return x, weight, bias, activation
 
 
-def layer_in_one_dtype(
-    x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str, before: int | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors as a product takes them, or the error that says what is wrong; before: the width if not x's."""
-    validate.floating(f"weight{suffix}", weight)
-    if bias is None:
-        x, weight = validate.autocast(x, weight)
-    else:
-        validate.floating(f"bias{suffix}", bias)
-        x, weight, bias = validate.autocast(x, weight, bias)
-    width = x.shape[-1] if before is None else before
+def check_layer(
+    x: Tensor, width: int, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")
+) -> None:
+    """ValueError or TypeError unless weight [n, width] and bias [n] are a layer of x's dtype, on its device."""
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"weight{suffix}: expected shape (n, {width}), got {tuple(weight.shape)}")
-    validate.beside(f"weight{suffix}", weight, weight.shape, (x.dtype,), "x", x)
+        raise ValueError(f"{names[0]}: expected shape (n, {width}), got {tuple(weight.shape)}")
+    validate.beside(names[0], weight, weight.shape, (x.dtype,), "x", x)
     if bias is not None:
-        validate.beside(f"bias{suffix}", bias, weight.shape[:1], (x.dtype,), "x", x)
-    return x, weight, bias
+        validate.beside(names[1], bias, weight.shape[:1], (x.dtype,), "x", x)
 
 
 def _fwd_fake(

@@ -17,7 +17,7 @@ from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
 from fastgpt.ops.cross_entropy import REDUCTIONS, check_targets, check_values
-from fastgpt.ops.linear import layer_in_one_dtype, make_weight
+from fastgpt.ops.linear import check_layer, make_weight
 from fastgpt.reference import linear_cross_entropy as reference
 
 
@@ -132,7 +132,9 @@ def _prepare(
     x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> tuple[Tensor, Tensor, Tensor, int, str]:
     validate.floating("x", x)
-    x, weight, _ = layer_in_one_dtype(x, weight, None, "")
+    validate.floating("weight", weight)
+    x, weight = validate.autocast(x, weight)
+    check_layer(x, x.shape[-1], weight, None)
     check_targets(targets, x, "x", ignore_index)
     validate.choice("reduction", reduction, REDUCTIONS)
     return x, weight, targets, ignore_index, reduction

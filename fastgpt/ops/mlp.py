@@ -16,7 +16,7 @@ from fastgpt._core.library import call
 from fastgpt._core.plan import planned
 from fastgpt._core.registry import register
 from fastgpt._core.spec import Case, Cost, Draw, Entry, OpSpec
-from fastgpt.ops.linear import make_weight
+from fastgpt.ops.linear import check_layer, make_weight
 from fastgpt.reference import mlp as reference
 from fastgpt.reference.gelu import APPROXIMATE
 
@@ -90,21 +90,12 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, str]:
     validate.floating("x", x)
     validate.choice("activation", activation, tuple(APPROXIMATE))
-    given = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    for name, value in given.items():
+    for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if value is not None or name.startswith("w"):
             validate.floating(name, value)
-    tensors = iter(validate.autocast(x, *(value for value in given.values() if value is not None)))
-    x = next(tensors)
-    w1, b1, w2, b2 = (None if value is None else next(tensors) for value in given.values())  # type: ignore[assignment]
-    width = x.shape[-1]
-    for name, weight, bias_name, bias in (("w1", w1, "b1", b1), ("w2", w2, "b2", b2)):
-        if weight.dim() != 2 or weight.shape[1] != width:
-            raise ValueError(f"{name}: expected shape (n, {width}), got {tuple(weight.shape)}")
-        validate.beside(name, weight, weight.shape, (x.dtype,), "x", x)
-        if bias is not None:
-            validate.beside(bias_name, bias, weight.shape[:1], (x.dtype,), "x", x)
-        width = weight.shape[0]
+    x, w1, b1, w2, b2 = validate.autocast(x, w1, b1, w2, b2)
+    check_layer(x, x.shape[-1], w1, b1, ("w1", "b1"))
+    check_layer(x, w1.shape[0], w2, b2, ("w2", "b2"))
     return x, w1, b1, w2, b2, activation
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ def sweep(
     rows, classes = as_rows(x), weight.shape[0]
     size = block_rows(rows.shape[0], classes, x.dtype)
     places = [slice(begin, min(begin + size, rows.shape[0])) for begin in range(0, rows.shape[0], size)]
-    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_dx else None
+    dx = memory.empty_like(rows) if need_dx else None
     dweight = total = None
     if need_dweight:
         dweight = memory.empty((classes, x.shape[-1]), x.dtype, x.device)
@@ -232,15 +232,31 @@ def reduced(losses: Tensor, count: Tensor | None, reduction: str) -> Tensor:
     return (total if count is None else total / count).to(losses.dtype)
 
 
-class Loss(NamedTuple):
-    """The `cross_entropy` of a backend."""
+# From the logits [rows, V] of a block, which it may overwrite, their targets, the gradient of each row's loss or
+# None, lse or None where it is not known yet, and ignore_index: (losses or None, lse, dlogits or None).
+Head = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, int], tuple[Tensor | None, Tensor, Tensor | None]
+]
 
-    fwd: Callable[[Tensor, Tensor, int, float, str], tuple[Tensor, Tensor, Tensor | None]]
-    bwd: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, float, str], Tensor]
+
+def head_of(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Head:
+    """By the entries of a backend's `cross_entropy`."""
+
+    def head(
+        logits: Tensor, targets: Tensor, g: Tensor | None, lse: Tensor | None, ignore_index: int
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        losses = dlogits = None
+        if lse is None:
+            losses, lse, _ = fwd(logits, targets, ignore_index, 0.0, "none")
+        if g is not None:
+            dlogits = bwd(g, logits, targets, lse, None, ignore_index, 0.0, "none")
+        return losses, lse, dlogits
+
+    return head
 
 
 def linear_cross_entropy_fwd(
-    own: Loss,
+    head: Head,
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -251,24 +267,25 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    losses, lse = (torch.empty(targets.shape, dtype=dtype, device=x.device) for _ in range(2))
+    losses, lse = (memory.empty(targets.shape, dtype, x.device) for _ in range(2))
     count = (targets != ignore_index).sum().float() if reduction == "mean" else None
     flat, flat_losses, flat_lse = targets.reshape(-1), losses.view(-1), lse.view(-1)
-    g = each_row(torch.ones((), dtype=dtype, device=x.device), targets, count, reduction)
+    one = torch.ones((), dtype=dtype, device=x.device)
+    g = each_row(one, targets, count, reduction) if need_dx or need_dweight else None
 
     def step(logits: Tensor, rows: slice) -> Tensor | None:
-        loss, lse_rows, _ = own.fwd(logits, flat[rows], ignore_index, 0.0, "none")
-        flat_losses[rows], flat_lse[rows] = loss, lse_rows
-        if not (need_dx or need_dweight):
-            return None
-        return own.bwd(g[rows], logits, flat[rows], lse_rows, None, ignore_index, 0.0, "none")
+        of_rows = None if g is None else g[rows]
+        loss, flat_lse[rows], dlogits = head(logits, flat[rows], of_rows, None, ignore_index)
+        assert loss is not None  # as lse was not known
+        flat_losses[rows] = loss
+        return dlogits
 
     dx, dweight = sweep(x, weight, step, need_dx, need_dweight)
     return reduced(losses, count, reduction), lse, count, dx, dweight
 
 
 def linear_cross_entropy_bwd(
-    own: Loss,
+    head: Head,
     dloss: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -285,9 +302,9 @@ def linear_cross_entropy_bwd(
     """(dx, dweight)."""
     if dx is not None or dweight is not None:
         return scaled(dx, dloss, need_dx), scaled(dweight, dloss, need_dweight)
-    flat, lse_rows, g = targets.reshape(-1), lse.reshape(-1), each_row(dloss, targets, count, reduction)
+    flat, flat_lse, g = targets.reshape(-1), lse.reshape(-1), each_row(dloss, targets, count, reduction)
 
-    def step(logits: Tensor, rows: slice) -> Tensor:
-        return own.bwd(g[rows], logits, flat[rows], lse_rows[rows], None, ignore_index, 0.0, "none")
+    def step(logits: Tensor, rows: slice) -> Tensor | None:
+        return head(logits, flat[rows], g[rows], flat_lse[rows], ignore_index)[2]
 
     return sweep(x, weight, step, need_dx, need_dweight)

@@ -63,8 +63,7 @@ def test_the_kernels_beside_the_products_have_the_same_bits_for_any_number_of_th
     targets, g = torch.randint(0, 130, (700,), generator=draw), torch.rand(700, generator=draw)
 
     def head() -> list[Tensor]:
-        logits, losses, lse = dy.clone(), torch.empty(700), torch.empty(700)
-        return [into_gradient(logits, g, targets, losses, lse, -100), losses, lse]
+        return [t for t in into_gradient(dy.clone(), targets, g, None, -100) if t is not None]
 
     assert_same_for_threads(lambda: [column_sums(dy)])
     assert_same_for_threads(head)

@@ -25,8 +25,8 @@ class Packed(NamedTuple):
 
 
 class Norm(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
 
 
 class Block(NamedTuple):

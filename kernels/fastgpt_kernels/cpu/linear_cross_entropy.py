@@ -6,7 +6,6 @@ written, read and written again, and read by the products of dx and dweight.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory, products
@@ -29,20 +28,9 @@ def linear_cross_entropy_fwd(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
-    losses, lse = (memory.empty(targets.shape, torch.float32, x.device) for _ in range(2))
-    count = (targets != ignore_index).sum().float() if reduction == "mean" else None
-    flat, flat_losses, flat_lse = targets.reshape(-1), losses.view(-1), lse.view(-1)
-    g = products.each_row(torch.ones(()), targets, count, reduction)
-
-    def step(logits: Tensor, rows: slice) -> Tensor | None:
-        if need_dx or need_dweight:
-            return into_gradient(logits, g[rows], flat[rows], flat_losses[rows], flat_lse[rows], ignore_index)
-        loss, lse_rows, _ = cross_entropy_fwd(logits, flat[rows], ignore_index, 0.0, "none")
-        flat_losses[rows], flat_lse[rows] = loss, lse_rows
-        return None
-
-    dx, dweight = products.sweep(x, weight, step, need_dx, need_dweight)
-    return products.reduced(losses, count, reduction), lse, count, dx, dweight
+    return products.linear_cross_entropy_fwd(
+        into_gradient, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
+    )
 
 
 def linear_cross_entropy_bwd(
@@ -60,27 +48,35 @@ def linear_cross_entropy_bwd(
     need_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight)."""
-    if dx is not None or dweight is not None:
-        return products.scaled(dx, dloss, need_dx), products.scaled(dweight, dloss, need_dweight)
-    flat, flat_lse, g = (
-        targets.reshape(-1),
-        lse.reshape(-1),
-        products.each_row(dloss, targets, count, reduction),
+    return products.linear_cross_entropy_bwd(
+        into_gradient,
+        dloss,
+        x,
+        weight,
+        targets,
+        lse,
+        count,
+        dx,
+        dweight,
+        ignore_index,
+        reduction,
+        need_dx,
+        need_dweight,
     )
-
-    def step(logits: Tensor, rows: slice) -> Tensor:
-        return into_gradient(logits, g[rows], flat[rows], None, flat_lse[rows], ignore_index)
-
-    return products.sweep(x, weight, step, need_dx, need_dweight)
 
 
 def into_gradient(
-    logits: Tensor, g: Tensor, targets: Tensor, losses: Tensor | None, lse: Tensor, ignore_index: int
-) -> Tensor:
-    """dlogits in the place of the logits; losses and lse are written where losses are asked for."""
-    targets = targets.contiguous()
+    logits: Tensor, targets: Tensor, g: Tensor | None, lse: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`products.Head`: dlogits in the place of the logits."""
+    targets, losses = targets.contiguous(), None
+    if g is None:
+        losses, lse, _ = cross_entropy_fwd(logits, targets, ignore_index, 0.0, "none")
+        return losses, lse, None
+    if lse is None:
+        losses, lse = memory.fp32_rows(g, g.shape[0]), memory.fp32_rows(g, g.shape[0])
     kernels.cross_entropy_both(
         g.data_ptr(), logits.data_ptr(), targets.data_ptr(), 0 if losses is None else losses.data_ptr(),
         lse.data_ptr(), *logits.shape, DTYPE_CODES[logits.dtype], ignore_index, get_num_threads(),
     )  # fmt: skip
-    return logits
+    return losses, lse, logits

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastgpt_kernels import products
 from fastgpt_kernels.torch.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
-_LOSS = products.Loss(cross_entropy_fwd, cross_entropy_bwd)
+_HEAD = products.head_of(cross_entropy_fwd, cross_entropy_bwd)
 
 
 def supports(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> str | None:
@@ -26,7 +26,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
     return products.linear_cross_entropy_fwd(
-        _LOSS, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
+        _HEAD, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
     )
 
 
@@ -46,7 +46,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight)."""
     return products.linear_cross_entropy_bwd(
-        _LOSS,
+        _HEAD,
         dloss,
         x,
         weight,

@@ -8,7 +8,7 @@ from fastgpt_kernels import products
 from fastgpt_kernels.triton.common import unsupported
 from fastgpt_kernels.triton.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
-_LOSS = products.Loss(cross_entropy_fwd, cross_entropy_bwd)
+_HEAD = products.head_of(cross_entropy_fwd, cross_entropy_bwd)
 
 
 def supports(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> str | None:
@@ -27,7 +27,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
     return products.linear_cross_entropy_fwd(
-        _LOSS, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
+        _HEAD, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
     )
 
 
@@ -47,7 +47,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight)."""
     return products.linear_cross_entropy_bwd(
-        _LOSS,
+        _HEAD,
         dloss,
         x,
         weight,
