@@ -41,10 +41,9 @@ bool cpu_has(const std::string& level) {
   return false;
 }
 
-// Whether multiplying bf16 in pairs is faster than widening it to fp32. AMD's cores do two vectors of pairs a
-// cycle, like fp32's; Intel's Sapphire Rapids does one in two cycles, where it has two of fp32: half the rate
-// instead of twice.
-bool prefers_bf16_pairs() {
+// AMD's cores multiply as many vectors of bf16 pairs in a cycle as of fp32; Intel's Sapphire Rapids one in
+// two cycles, where it does two of fp32: half the rate instead of twice. And MKL is at its best on Intel's.
+bool is_amd() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("amd");
@@ -158,8 +157,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return std::string(fg::levels[level_in_use()]); }, "The SIMD level in use.");
   module.def("isas", &isas, "The SIMD levels this CPU can run, ascending.");
   module.def("set_isa", &set_isa, py::arg("name"), "Use this SIMD level from now on, in every thread.");
-  module.def("prefers_bf16_pairs", &prefers_bf16_pairs,
-             "Whether pairs of bf16 are multiplied faster than fp32 here.");
+  module.def("is_amd", &is_amd, "Whether the CPU is AMD's.");
   module.def(
       "watch",
       [](py::object tensor, py::object parameter, py::object grad_enabled, py::object any_autocast,

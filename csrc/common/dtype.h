@@ -26,6 +26,7 @@ struct Type {
 template <int V>
 struct Constant {
   static constexpr int value = V;
+  constexpr operator int64_t() const { return V; }
 };
 
 // Calls body(Type<float>{}) etc.; the launcher has already checked the code.

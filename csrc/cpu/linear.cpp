@@ -5,25 +5,34 @@
 
 #include "export.h"
 #include "few_rows.h"
-#include "math.h"
+#include "gemm.h"
 #include "reduce.h"
 
 namespace fg::FG_LEVEL {
 namespace {
 
-enum Activation : int { kNoActivation = 0, kGelu = 1, kGeluTanh = 2 };
-
-FG_INLINE float activated(float z, int activation) {
+FG_INLINE float activated_scalar(float z, int activation) {
+  if (activation == kNoActivation) return z;
   float lanes[W];
-  if (activation == kGelu) {
-    store(lanes, gelu<kErf>(set(z)), Full{});
-  } else if (activation == kGeluTanh) {
-    store(lanes, gelu<kTanh>(set(z)), Full{});
-  } else {
-    return z;
-  }
+  store(lanes, activated<float>(set(z), activation), Full{});
   return lanes[0];
 }
+
+#if FG_BF16_PAIRS
+template <class T>
+struct KindOf {
+  using type = Floats;
+};
+template <>
+struct KindOf<bf16> {
+  using type = Pairs;
+};
+#else
+template <class T>
+struct KindOf {
+  using type = Floats;
+};
+#endif
 
 }  // namespace
 
@@ -45,9 +54,26 @@ void linear_few_rows(const void* x, const void* weight, const void* bias, void* 
                [&](int64_t r, int64_t j, float sum) FG_LAMBDA {
                  if (kept != nullptr) store_scalar(kept + r * n + j, sum);
                  const float z = b != nullptr ? sum + load_scalar(b + j) : sum;
-                 store_scalar(out + r * n + j, activated(z, activation));
+                 store_scalar(out + r * n + j, activated_scalar(z, activation));
                });
     });
+  });
+}
+
+// c [m, n] = act(a b + bias), or c += a b (`add`: without bias and activation), by gemm.h; kept, unless null:
+// a b, contiguous. a: m rows of k adjacent elements, lda apart, or, `along`, k rows of m; b: n rows of k, ldb
+// apart, or k rows of n. Sizes of at least 1; all of one dtype.
+void gemm(const void* a, int64_t lda, bool a_along, const void* b, int64_t ldb, bool b_along,
+          const void* bias, void* c, int64_t ldc, void* kept, int64_t m, int64_t n, int64_t k, bool add,
+          int dtype, int activation, int num_threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Operand<T> rows{static_cast<const T*>(a), lda, a_along},
+        columns{static_cast<const T*>(b), ldb, b_along};
+    const Matrices<T> of{
+        rows, columns, static_cast<T*>(c), static_cast<T*>(kept), static_cast<const T*>(bias), ldc, m, n,
+        k,    add,     activation};
+    Gemm<typename KindOf<T>::type, T>(of, num_threads).run();
   });
 }
 
@@ -83,4 +109,4 @@ void linear_dbias(const void* dy, void* dbias, int64_t rows, int64_t n, int64_t 
 
 }  // namespace fg::FG_LEVEL
 
-FG_EXPORTS(linear, FG_EXPORT(linear_few_rows), FG_EXPORT(linear_dbias))
+FG_EXPORTS(linear, FG_EXPORT(linear_few_rows), FG_EXPORT(gemm), FG_EXPORT(linear_dbias))

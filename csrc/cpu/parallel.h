@@ -2,6 +2,8 @@
 // every sum has one order and results are bitwise the same for any thread count.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <cstdlib>
 
@@ -28,24 +30,34 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // next.
 constexpr int64_t kCachedElements = 1024 * 1024;
 
-// body(begin, end) over [0, count) in chunks of `chunk`.
+// body(begin, end, thread) over [0, count) in chunks of `chunk`; thread < max(1, num_threads), whatever
+// parallel region this is called from.
 template <class Body>
-inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads,
-                            const Body& body) {
+inline void parallel_chunks_by_thread(int64_t count, int64_t chunk, int64_t elements, int num_threads,
+                                      const Body& body) {
   const int64_t chunks = ceil_div(count, chunk);
   const bool alone = elements < kParallelElements || in_forked_child;
   const int threads = alone ? 1 : static_cast<int>(min_of(chunks, num_threads));
   if (threads <= 1) {  // no OpenMP region: entering one costs more than a small tensor
-    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count), 0);
     return;
   }
   if (elements <= kCachedElements) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+    for (int64_t c = 0; c < chunks; ++c)
+      body(c * chunk, min_of((c + 1) * chunk, count), omp_get_thread_num());
     return;
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count));
+  for (int64_t c = 0; c < chunks; ++c) body(c * chunk, min_of((c + 1) * chunk, count), omp_get_thread_num());
+}
+
+// body(begin, end), the same way.
+template <class Body>
+inline void parallel_chunks(int64_t count, int64_t chunk, int64_t elements, int num_threads,
+                            const Body& body) {
+  parallel_chunks_by_thread(count, chunk, elements, num_threads,
+                            [&](int64_t begin, int64_t end, int) { body(begin, end); });
 }
 
 // Rows per chunk, where no sum depends on it: some 16 chunks a thread to balance them, of at least 4K and at

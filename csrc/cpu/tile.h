@@ -43,14 +43,17 @@ FG_INLINE F spread(const float* p) {
   return set(x);
 }
 
-// What is in c before the sum: nothing, itself, or itself times one factor per lane.
-enum class Start { kZero, kAdd, kScale };
+// What becomes of c: it starts as nothing, as itself, or as itself times one factor per lane; or the sum,
+// made by itself first, is added to it: in many sums of some hundred products each, errors grow less than in
+// one.
+enum class Start { kZero, kAdd, kScale, kAddLast };
 
 // rows must be a multiple of kRows; a, b and c count in elements of 32 bits. a[i][k] is at a + i * row + k *
-// step.
-template <class Kind, int V, Start S>
-inline void product(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, int64_t n,
-                    float* c, int64_t ldc, int64_t rows, const float* factors = nullptr) {
+// step. Distances may be Constants, which then are in the instructions. From `ahead` on a cache line is asked
+// for, into the second cache, with each k: what the next products read.
+template <class Kind, int V, Start S, class Row = int64_t, class Step = int64_t, class Ldb = int64_t>
+inline void product(const float* a, Row row, Step step, const float* b, Ldb ldb, int64_t n, float* c,
+                    int64_t ldc, int64_t rows, const float* factors = nullptr, const void* ahead = nullptr) {
   for (int64_t first = 0; first < rows; first += kRows) {
     F acc[kRows][V];
     float* const to = c + first * ldc;
@@ -58,7 +61,9 @@ inline void product(const float* a, int64_t row, int64_t step, const float* b, i
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
       for (int u = 0; u < V; ++u) {
-        acc[i][u] = S == Start::kZero ? set(0.0f) : load(to + i * ldc + u * W, Full{});
+        constexpr bool kFresh = S == Start::kZero || S == Start::kAddLast;
+        if constexpr (S == Start::kAddLast) prefetch(to + i * ldc + u * W);
+        acc[i][u] = kFresh ? set(0.0f) : load(to + i * ldc + u * W, Full{});
         if constexpr (S == Start::kScale) acc[i][u] = acc[i][u] * load(factors + u * W, Full{});
       }
     }
@@ -67,6 +72,8 @@ inline void product(const float* a, int64_t row, int64_t step, const float* b, i
       F column[V];
 #pragma GCC unroll 4
       for (int u = 0; u < V; ++u) column[u] = load(b + k * ldb + u * W, Full{});
+      if constexpr (S == Start::kAddLast || __is_base_of(Constant<kLanes>, Ldb))
+        __builtin_prefetch(static_cast<const char*>(ahead) + k * 64, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const F x = spread(from + i * row + k * step);
@@ -77,7 +84,10 @@ inline void product(const float* a, int64_t row, int64_t step, const float* b, i
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int u = 0; u < V; ++u) store(to + i * ldc + u * W, acc[i][u], Full{});
+      for (int u = 0; u < V; ++u) {
+        if constexpr (S == Start::kAddLast) acc[i][u] = acc[i][u] + load(to + i * ldc + u * W, Full{});
+        store(to + i * ldc + u * W, acc[i][u], Full{});
+      }
     }
   }
 }

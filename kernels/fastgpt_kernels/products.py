@@ -1,6 +1,5 @@
-"""Matrix products by PyTorch's library, with what surrounds them by a backend's own kernels: `linear`, `mlp` and the
-output head as several backends have them. MKL and oneDNN are at 0.8 to 0.9 of a CPU's peak; the epilogue is where
-time can be saved.
+"""`linear`, `mlp` and the output head as several backends have them: matrix products by PyTorch's library or a
+backend's own, with what surrounds them by its kernels.
 
 x is taken as rows [.., k], weight [n, k] may be a transposed view.
 """
@@ -18,14 +17,6 @@ from torch import Tensor
 from fastgpt_kernels import memory
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # by the name of an activation
-
-
-class Kernels(NamedTuple):
-    """What a backend has of its own: GELU, and the sum of a gradient over its rows."""
-
-    gelu_fwd: Callable[[Tensor, Tensor | None, str], Tensor]
-    gelu_bwd: Callable[[Tensor, Tensor, Tensor | None, str, bool, bool], tuple[Tensor | None, Tensor | None]]
-    column_sums: Callable[[Tensor], Tensor]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,6 +43,25 @@ def add_mm(to: Tensor, a: Tensor, b: Tensor) -> None:
         to.copy_(torch.addmm(to.float(), a.float(), b.float()))
     else:
         to.addmm_(a, b)
+
+
+class Products(NamedTuple):
+    """Products of matrices: `mm` and `add_mm`, or what a backend has in their place."""
+
+    mm: Callable[..., Tensor] = mm
+    add_mm: Callable[[Tensor, Tensor, Tensor], None] = add_mm
+
+
+LIBRARY = Products()
+
+
+class Kernels(NamedTuple):
+    """What a backend has of its own: GELU, and the sum of a gradient over its rows."""
+
+    gelu_fwd: Callable[[Tensor, Tensor | None, str], Tensor]
+    gelu_bwd: Callable[[Tensor, Tensor, Tensor | None, str, bool, bool], tuple[Tensor | None, Tensor | None]]
+    column_sums: Callable[[Tensor], Tensor]
+    products: Products = LIBRARY
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -88,8 +98,8 @@ def linear_bwd(
     else:
         need_dz = need_dx or need_dweight
         dz, dbias = own.gelu_bwd(dy, h, bias, APPROXIMATE[activation], need_dz, need_dbias)
-    dx = through(dz, weight) if need_dx and dz is not None else None
-    dweight = over_rows(dz, x) if need_dweight and dz is not None else None
+    dx = through(own, dz, weight) if need_dx and dz is not None else None
+    dweight = over_rows(own, dz, x) if need_dweight and dz is not None else None
     return dx, dweight, dbias
 
 
@@ -124,25 +134,25 @@ def mlp_bwd(
     need_db2: bool,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dw1, db1, dw2, db2)."""
-    dw2 = over_rows(dy, own.gelu_fwd(h, b1, APPROXIMATE[activation])) if need_dw2 else None
+    dw2 = over_rows(own, dy, own.gelu_fwd(h, b1, APPROXIMATE[activation])) if need_dw2 else None
     db2 = own.column_sums(dy) if need_db2 else None
     dx = dw1 = db1 = None
     if need_dx or need_dw1 or need_db1:
-        da = through(dy, w2)
+        da = through(own, dy, w2)
         dz, db1 = own.gelu_bwd(da, h, b1, APPROXIMATE[activation], need_dx or need_dw1, need_db1)
-        dx = through(dz, w1) if need_dx and dz is not None else None
-        dw1 = over_rows(dz, x) if need_dw1 and dz is not None else None
+        dx = through(own, dz, w1) if need_dx and dz is not None else None
+        dw1 = over_rows(own, dz, x) if need_dw1 and dz is not None else None
     return dx, dw1, db1, dw2, db2
 
 
-def through(dz: Tensor, weight: Tensor) -> Tensor:
+def through(own: Kernels, dz: Tensor, weight: Tensor) -> Tensor:
     """dx = dz @ weight [.., k]."""
-    return mm(as_rows(dz), weight).view(*dz.shape[:-1], weight.shape[1])
+    return own.products.mm(as_rows(dz), weight).view(*dz.shape[:-1], weight.shape[1])
 
 
-def over_rows(dy: Tensor, x: Tensor) -> Tensor:
+def over_rows(own: Kernels, dy: Tensor, x: Tensor) -> Tensor:
     """dy.T @ x [n, k], summed over the rows."""
-    return mm(as_rows(dy).t(), as_rows(x))
+    return own.products.mm(as_rows(dy).t(), as_rows(x))
 
 
 def column_sums(dy: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ def block_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
 
 
 def sweep(
-    x: Tensor, weight: Tensor, step: Step, need_dx: bool, need_dweight: bool
+    by: Products, x: Tensor, weight: Tensor, step: Step, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of logits = x @ weight.T, block by block; step(logits, rows) gives dlogits."""
     rows, classes = as_rows(x), weight.shape[0]
@@ -190,20 +200,20 @@ def sweep(
     buffer = memory.empty((min(size, rows.shape[0]), classes), x.dtype, x.device)
     for place in places:
         some = rows[place]
-        logits = mm(some, weight.mT, out=buffer[: some.shape[0]])
+        logits = by.mm(some, weight.mT, out=buffer[: some.shape[0]])
         dlogits = step(logits, place)
         if dlogits is None:
             continue
         if dx is not None:
-            mm(dlogits, weight, out=dx[place])
+            by.mm(dlogits, weight, out=dx[place])
         if total is not None:
             for begin in range(0, classes, _CLASSES):
                 some_classes = slice(begin, begin + _CLASSES)
-                total[some_classes] += mm(dlogits[:, some_classes].t(), some)
+                total[some_classes] += by.mm(dlogits[:, some_classes].t(), some)
         elif dweight is not None and place.start == 0:
-            mm(dlogits.t(), some, out=dweight)
+            by.mm(dlogits.t(), some, out=dweight)
         elif dweight is not None:
-            add_mm(dweight, dlogits.t(), some)
+            by.add_mm(dweight, dlogits.t(), some)
     if total is not None and dweight is not None:
         dweight.copy_(total)
     return None if dx is None else dx.view(x.shape), dweight
@@ -256,6 +266,7 @@ def head_of(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Head:
 
 
 def linear_cross_entropy_fwd(
+    by: Products,
     head: Head,
     x: Tensor,
     weight: Tensor,
@@ -280,11 +291,12 @@ def linear_cross_entropy_fwd(
         flat_losses[rows] = loss
         return dlogits
 
-    dx, dweight = sweep(x, weight, step, need_dx, need_dweight)
+    dx, dweight = sweep(by, x, weight, step, need_dx, need_dweight)
     return reduced(losses, count, reduction), lse, count, dx, dweight
 
 
 def linear_cross_entropy_bwd(
+    by: Products,
     head: Head,
     dloss: Tensor,
     x: Tensor,
@@ -307,4 +319,4 @@ def linear_cross_entropy_bwd(
     def step(logits: Tensor, rows: slice) -> Tensor | None:
         return head(logits, flat[rows], g[rows], flat_lse[rows], ignore_index)[2]
 
-    return sweep(x, weight, step, need_dx, need_dweight)
+    return sweep(by, x, weight, step, need_dx, need_dweight)

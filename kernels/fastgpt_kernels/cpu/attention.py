@@ -13,7 +13,7 @@ from fastgpt_kernels.masks import dropout_args
 
 _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2  # enum MaskKind in attention.h
 _FAR = 1 << 40  # a window beyond any length, to which positions can still be added
-PAIRS = kernels.prefers_bf16_pairs()  # of bf16; the tests prove both ways
+PAIRS = kernels.is_amd()  # whether bf16 is multiplied in pairs: is_amd says why; the tests prove both ways
 
 
 def supports(

@@ -1,4 +1,5 @@
-"""A linear layer by PyTorch's product (MKL, oneDNN) and csrc/cpu/gelu.cpp; a few rows by csrc/cpu/linear.cpp."""
+"""A linear layer: a few rows by csrc/cpu/few_rows.h, more by csrc/cpu/gemm.h with bias and GELU in its epilogue, or
+by PyTorch's product (MKL, oneDNN) and csrc/cpu/gelu.cpp where that is faster."""
 
 from __future__ import annotations
 
@@ -6,14 +7,13 @@ import torch
 from torch import Tensor, get_num_threads
 
 from fastgpt_kernels import memory, products
-from fastgpt_kernels.cpu import gelu
+from fastgpt_kernels.cpu import gelu, gemm
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
 from fastgpt_kernels.rows import rows_of
 
 # Rows up to which the kernel that streams the weight is ahead of the library's product (benchmarks/NOTES.md). 16-bit
 # weights are widened for it, where oneDNN multiplies them in pairs.
 MOST_FEW_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
-_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}  # enum Activation in linear.cpp
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> str | None:
@@ -26,6 +26,8 @@ def linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, h)."""
     found = few_rows(x, weight, bias, activation, keep)
+    if found is None:
+        found = gemm.linear(x, weight, bias, activation, keep)
     return products.linear_fwd(OWN, x, weight, bias, activation, keep) if found is None else found
 
 
@@ -47,7 +49,7 @@ def linear_bwd(
 def few_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(y, h) by the kernel that streams the weight once, or None where the library's product is faster."""
+    """(y, h) by the kernel that streams the weight once, or None where other products are faster."""
     n, k = weight.shape
     most = MOST_FEW_ROWS[x.dtype] * k
     if n == 0 or k == 0 or x.numel() > most or x.numel() == 0 or weight.stride(1) != 1:
@@ -59,7 +61,7 @@ def few_rows(
     kernels.linear_few_rows(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         0 if h is None else h.data_ptr(), rows, k, n, weight.stride(0), DTYPE_CODES[x.dtype],
-        _ACTIVATIONS[activation], get_num_threads(),
+        gemm.ACTIVATIONS[activation], get_num_threads(),
     )  # fmt: skip
     return y, h
 
@@ -76,4 +78,4 @@ def column_sums(dy: Tensor) -> Tensor:
     return dbias
 
 
-OWN = products.Kernels(gelu.gelu_fwd, gelu.gelu_bwd, column_sums)
+OWN = products.Kernels(gelu.gelu_fwd, gelu.gelu_bwd, column_sums, gemm.PRODUCTS)

@@ -1,4 +1,4 @@
-"""The output head and its loss by PyTorch's products (MKL, oneDNN) and csrc/cpu/cross_entropy.cpp, block by block.
+"""The output head and its loss by the faster product (`gemm.py`) and csrc/cpu/cross_entropy.cpp, block by block.
 
 A block's logits become their own gradient, row by row in a core's cache, so that they pass through memory four times:
 written, read and written again, and read by the products of dx and dweight.
@@ -11,6 +11,7 @@ from torch import Tensor, get_num_threads
 from fastgpt_kernels import memory, products
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
 from fastgpt_kernels.cpu.cross_entropy import cross_entropy_fwd
+from fastgpt_kernels.cpu.gemm import PRODUCTS
 
 
 def supports(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> str | None:
@@ -29,7 +30,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
     return products.linear_cross_entropy_fwd(
-        into_gradient, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
+        PRODUCTS, into_gradient, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
     )
 
 
@@ -49,6 +50,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight)."""
     return products.linear_cross_entropy_bwd(
+        PRODUCTS,
         into_gradient,
         dloss,
         x,

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block by PyTorch's products (MKL, oneDNN) and csrc/cpu/gelu.cpp."""
+"""The feed-forward part of a block: two products of `linear`, the first with the GELU in its epilogue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastgpt_kernels import products
 from fastgpt_kernels.cpu.common import unsupported
-from fastgpt_kernels.cpu.linear import OWN, few_rows, linear_fwd
+from fastgpt_kernels.cpu.linear import OWN, linear_fwd
 
 
 def supports(
@@ -20,10 +20,7 @@ def mlp_fwd(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, h)."""
-    found = few_rows(x, w1, b1, activation, keep)
-    if found is None:
-        return products.mlp_fwd(OWN, x, w1, b1, w2, b2, activation, keep)
-    a, h = found
+    a, h = linear_fwd(x, w1, b1, activation, keep)
     return linear_fwd(a, w2, b2, None, False)[0], h
 
 

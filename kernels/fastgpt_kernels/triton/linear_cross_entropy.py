@@ -27,7 +27,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, lse, count, dx, dweight)."""
     return products.linear_cross_entropy_fwd(
-        _HEAD, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
+        products.LIBRARY, _HEAD, x, weight, targets, ignore_index, reduction, need_dx, need_dweight
     )
 
 
@@ -47,6 +47,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight)."""
     return products.linear_cross_entropy_bwd(
+        products.LIBRARY,
         _HEAD,
         dloss,
         x,
