@@ -92,7 +92,7 @@ format: $(READY)  ## let ruff and clang-format put the files in shape
 # first command proves that the instrumented module is the one under test. A finding aborts, with Python's traceback.
 SANITIZED = PYTHONPATH=build/sanitize/lib LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
-SANITIZE_TESTS = -q --capture=sys -o pythonpath="build/sanitize/lib tests" -k cpu tests/test_ops.py
+SANITIZE_TESTS = -q --capture=sys -o pythonpath="build/sanitize/lib tests" -k cpu tests/test_ops.py tests/test_cpu_gemm.py
 sanitize: $(READY)  ## the op tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTGPT_SANITIZE=1 FASTGPT_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(BIN)/python -c \

@@ -105,7 +105,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="default: quick 270, cpu 3600, gpt2 900; what is left is listed",
+        help="default: quick 270, cpu 3600, gpt2 1800; what is left is listed",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")

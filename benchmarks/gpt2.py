@@ -39,7 +39,7 @@ def jobs(
         for d in options.dtypes
         if d in ("fp32", "bf16")
     ]
-    return [*steps, ("gpt2_decode", partial(decode_rows, options, meter))]
+    return [("gpt2_decode", partial(decode_rows, options, meter)), *steps]
 
 
 def step_rows(

@@ -1,4 +1,5 @@
-"""Decoding with a GPT on the CPU at the speed of its memory: one call of C++ for each token, all layers in it."""
+"""Decoding with a GPT on the CPU at the speed of its memory: one call of C++ for each token, all layers in it; a
+prompt goes through the tiled attention and the products of many rows."""
 
 from __future__ import annotations
 
@@ -8,27 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt import ops
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import ACTIVATIONS
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
+MOST_ROWS = 64  # sequences at once
+CPU = "cpu"
+
+
 class Decoder:
-    """Next-token logits of `batch` sequences, one token at a time, with their keys and values kept.
+    """Next-token logits of up to `batch` sequences, one token at a time, with their keys and values kept.
 
     Args:
         model: on the CPU. Its weights are copied: later changes are not seen.
         weights: "fp32", "bf16", or "int8" with a scale for each output (largest magnitude / 127). Activations and
             sums are fp32; keys and values are bf16, with "fp32" fp32.
-        batch: 1 to 16 sequences.
+        batch: 1 to 64 sequences; the rows in which their keys and values lie.
         max_length: tokens of a sequence, at most the model's max_seq_length, which it is when None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the C++ kernels are not there; the reason.
 
-    Where one token of one sequence is decoded, every weight is needed for two operations: the time is that of
+    A sequence's logits are bitwise the same whatever sequences are decoded beside it, and however many threads there
+    are. Where one token of one sequence is decoded, every weight is needed for two operations: the time is that of
     reading them (Williams, Waterman, Patterson, "Roofline", 2009).
     """
 
@@ -39,15 +46,15 @@ class Decoder:
             raise TypeError(f"model: expected a fastgpt.GPT, got {type(model).__name__}")
         if weights not in WEIGHTS:
             raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
-        if not isinstance(batch, int) or not 1 <= batch <= 16:
-            raise ValueError(f"batch: expected 1 to 16 sequences, got {batch!r}")
+        if not isinstance(batch, int) or not 1 <= batch <= MOST_ROWS:
+            raise ValueError(f"batch: expected 1 to {MOST_ROWS} sequences, got {batch!r}")
         config = model.config
         most = config.max_seq_length
         length = most if max_length is None else max_length
         if not isinstance(length, int) or not 1 <= length <= most:
             raise ValueError(f"max_length: expected 1 to max_seq_length={most}, got {max_length!r}")
         device = model.wte.weight.device
-        if device.type != "cpu":
+        if device.type != CPU:
             raise ValueError(f"model: expected it on the CPU, got {device}")
         try:
             from fastgpt_kernels.cpu import decode
@@ -68,43 +75,101 @@ class Decoder:
         self.keys, self.values = torch.zeros(shape, dtype=cache), torch.zeros(shape, dtype=cache)
         self.lengths = torch.zeros(batch, dtype=torch.int64)  # of each sequence, tokens seen
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, vocab_size], fp32, of what follows when `tokens` [batch] are appended to the sequences.
+    def step(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, vocab_size], fp32, of what follows when `tokens` [R] are appended to the sequences in `rows`.
+
+        Args:
+            tokens: int64 or int32 [R].
+            rows: int64 [R], none twice; all of the batch, in order, when None.
 
         Raises:
-            ValueError: a token that is none, or the padding; a sequence that is full.
+            TypeError, ValueError: a token that is none, or the padding; a row that is none; a sequence that is full.
         """
+        if rows is None:
+            rows = torch.arange(self.batch)
+        tokens = self._checked(tokens, rows.shape)
+        ids = rows.tolist()
+        if rows.dtype != torch.int64 or len({*ids}) != len(ids) or not all(0 <= i < self.batch for i in ids):
+            raise ValueError(f"rows: expected different int64 of 0 to {self.batch - 1}, got {ids}")
+        positions = self.lengths[rows]
+        if len(ids) and int(positions.max()) >= self.max_length:
+            raise ValueError(
+                f"tokens: expected at most max_length={self.max_length} in a sequence, got one more"
+            )
+        logits = self._decode.decode_step(
+            self.weights, self._addresses, tokens, positions, rows.contiguous(), self.keys, self.values
+        )
+        self.lengths[rows] += 1
+        return logits
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """The logits [batch, vocab_size] after the last of tokens [batch, T], T >= 1, which are appended."""
+        if tokens.dim() != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
+            raise ValueError(
+                f"tokens: expected shape ({self.batch}, T) with T >= 1, got {tuple(tokens.shape)}"
+            )
+        return torch.cat([self.fill(row, ids) for row, ids in enumerate(tokens)])
+
+    @torch.no_grad()
+    def fill(self, row: int, tokens: Tensor) -> Tensor:
+        """The logits [1, vocab_size] after the last of tokens [T], T >= 1, appended to the sequence in `row`.
+
+        All but the last of an empty row's go through the layers together.
+        """
+        tokens = self._checked(tokens, tokens.shape[:1])
+        if not 0 <= row < self.batch:
+            raise ValueError(f"row: expected one of 0 to {self.batch - 1}, got {row}")
+        if len(tokens) < 1:
+            raise ValueError("tokens: expected at least one, got none")
+        if int(self.lengths[row]) + len(tokens) > self.max_length:
+            raise ValueError(
+                f"tokens: expected at most max_length={self.max_length} in a sequence, got "
+                f"{int(self.lengths[row]) + len(tokens)}"
+            )
+        rows, first = torch.tensor([row]), 0
+        if int(self.lengths[row]) == 0 and len(tokens) > 1:
+            first = len(tokens) - 1
+            self._run_through(row, tokens[:first])
+            self.lengths[row] = first
+        for token in tokens[first:]:
+            logits = self.step(token[None], rows)
+        return logits
+
+    def _run_through(self, row: int, tokens: Tensor) -> None:
+        """The keys and values of a sequence's first tokens [T]."""
+        w, length = self.weights, len(tokens)
+        x = _rows_of(w.embedding, tokens) * w.embedding_scale + w.positions[:length]  # fp32 [T, D]
+        for layer, block in enumerate(w.blocks):
+            y = _normed(x, block.ln_1, w.eps)
+            qkv = _through(block.qkv, y)
+            heads = qkv.view(length, 3, w.heads, -1).transpose(0, 2)  # [H, 3, T, D / H]
+            self.keys[layer, row, :, :length], self.values[layer, row, :, :length] = heads[:, 1], heads[:, 2]
+            if layer + 1 == len(w.blocks):
+                return  # what follows is needed for the last token alone
+            attended = ops.attention_qkv(qkv[None], w.heads, causal=True, backend=CPU)
+            x = x + _through(block.proj, attended[0].transpose(0, 1).reshape(length, -1))
+            y = _normed(x, block.ln_2, w.eps)
+            hidden = _through(block.fc, y, "gelu_tanh" if w.approximate == "tanh" else "gelu")
+            x = x + _through(block.out, hidden)
+
+    def _checked(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         if isinstance(tokens, Tensor):
             tokens = tokens.as_subclass(Tensor)  # of others the values would not be looked at
-        check_ids("tokens", tokens, self.config.vocab_size, torch.device("cpu"))
+        check_ids("tokens", tokens, self.config.vocab_size, torch.device(CPU))
         if self.config.pad_idx is not None and bool((tokens == self.config.pad_idx).any()):
             raise ValueError(
                 f"tokens: expected none equal to pad_idx={self.config.pad_idx}: all are looked at"
             )
-        if tokens.shape != (self.batch,):
-            raise ValueError(f"tokens: expected shape ({self.batch},), got {tuple(tokens.shape)}")
-        if int(self.lengths.max()) >= self.max_length:
-            raise ValueError(
-                f"tokens: expected at most max_length={self.max_length} in a sequence, got one more"
-            )
-        tokens = tokens.long().contiguous()
-        logits = self._decode.decode_step(
-            self.weights, self._addresses, tokens, self.lengths, self.keys, self.values
-        )
-        self.lengths += 1
-        return logits
+        if tokens.shape != shape:
+            raise ValueError(f"tokens: expected shape {tuple(shape)}, got {tuple(tokens.shape)}")
+        return tokens.long().contiguous()
 
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """The logits after the last of tokens [batch, T], T >= 1, which are appended one by one."""
-        if tokens.dim() != 2 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens: expected shape [batch, T] with T >= 1, got {tuple(tokens.shape)}")
-        for column in tokens.unbind(1):
-            logits = self.step(column)
-        return logits
-
-    def reset(self) -> None:
-        """Forget all sequences."""
-        self.lengths.zero_()
+    def reset(self, row: int | None = None) -> None:
+        """Forget the sequence in `row`, or all."""
+        if row is None:
+            self.lengths.zero_()
+        else:
+            self.lengths[row] = 0
 
     @property
     def bytes_per_step(self) -> int:
@@ -113,6 +178,31 @@ class Decoder:
         read = sum(t.nbytes for p in (*packed, self.weights.head) for t in p if t is not None)
         each = self.keys[:, 0, :, 0].nbytes + self.values[:, 0, :, 0].nbytes
         return read + each * int(self.lengths.sum())
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Any:
+    """A product's weight [n, k] as a decoder keeps it: (weight, scale [n] or None, None)."""
+    from fastgpt_kernels.cpu.decode import quantized
+
+    return quantized(weight, dtype)
+
+
+def _rows_of(embedding: Any, tokens: Tensor) -> Tensor:
+    rows = embedding.weight[tokens].float()
+    return rows if embedding.scale is None else rows * embedding.scale[tokens, None]
+
+
+def _normed(x: Tensor, norm: Any, eps: float) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, eps, backend=CPU)
+
+
+def _through(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
+    """act(x @ weight.T + bias), in the weight's dtype; int8 is widened to bf16, a layer at a time."""
+    weight = layer.weight
+    if layer.scale is not None:
+        weight = (weight * layer.scale[:, None]).bfloat16()
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return ops.linear(x.to(weight.dtype), weight, bias, activation=activation, backend=CPU)
 
 
 def _pack(decode: Any, model: GPT, dtype: torch.dtype) -> Any:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, compare, gpt_step, limits, proof, report, suites
+from benchmarks import buffers, compare, gpt2, gpt_step, limits, proof, report, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
 from benchmarks.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, Draw
+from fastgpt.models.gpt import GPTConfig
 
 CPU = torch.device("cpu")
 
@@ -261,6 +262,35 @@ def test_the_training_step_is_checked_too() -> None:
     assert gpt_step.error((2.001, truth[1]), truth, "fp32") > 1
     assert gpt_step.error((2.0, {}), truth, "fp32") == float("inf")
     assert gpt_step.error((2.0, {"w": truth[1]["w"] * float("nan")}), truth, "fp32") == float("inf")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_gpt2_is_timed_beside_the_limit_and_only_where_it_is_right(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GPTConfig(vocab_size=97, embedding_dim=32, num_heads=2, num_layers=2, max_seq_length=16)
+    for name, value in {"MODEL": model, "LENGTH": 8, "CONTEXT": 6, "NEW": 2}.items():
+        monkeypatch.setattr(gpt2, name, value)
+    monkeypatch.setattr(
+        gpt2, "measure", lambda steps, device, **how: measure(steps, device, **{**how, "seconds": 0.01})
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # whether transformers is there or not
+    if wrong:
+        monkeypatch.setattr(gpt_step, "error", lambda *args: 5.0)
+    meter = mock.Mock(spec=limits.LimitMeter)
+    meter.measure.return_value = {name: limits.Limit(1e9, "w") for name in limits.NAMES}
+    meter.steps.side_effect = lambda names, measured: {name: (lambda _: None, 1e6) for name in names}
+    options = suites.Options(CPU, dtypes=("fp32",), compiled=False)
+    (_, decode), (_, step) = gpt2.jobs(options, suites.Budget(60.0), meter)
+    rows = {row.contender: row for row in step(0.01)}
+    assert rows[EAGER].seconds is not None
+    assert (rows[FASTGPT].seconds is None) == wrong
+    assert ("outside tolerance" in rows[FASTGPT].note) == wrong
+    assert rows[gpt2.HUGGING_FACE].note == "transformers is not installed"
+    assert rows[COMPILED].note == "not asked for"
+    decoded = decode(0.01)
+    assert {row.dtype for row in decoded} == {"fp32", "bf16", "int8"}
+    assert decoded[0].moved > decoded[2].moved > 0
 
 
 def test_compare_calls_only_separate_ranges_a_difference() -> None:

@@ -49,10 +49,11 @@ struct Model {
 };
 
 struct State {
-  const int64_t *tokens, *positions;  // of each sequence: the new token, and how many are in its cache
-  void *keys, *values;                // [layers, batch, heads, length, dim / heads]
-  float* logits;                      // [batch, vocabulary]
-  int64_t batch, length;
+  // Of each sequence: the new token, how many are in its cache, and which row of the cache is its own.
+  const int64_t *tokens, *positions, *cache_rows;
+  void *keys, *values;  // [layers, all_rows, heads, length, dim / heads]
+  float* logits;        // [batch, vocabulary]
+  int64_t batch, all_rows, length;
 };
 
 // What the threads share: rows of one width for each sequence.
@@ -166,7 +167,7 @@ class Step {
   // of them.
   void attend(int64_t layer, int64_t b, int64_t head) {
     const int64_t width = m_.dim / m_.heads, keys = s_.positions[b] + 1, padded_width = padded(width);
-    const int64_t at = ((layer * s_.batch + b) * m_.heads + head) * s_.length * width;
+    const int64_t at = ((layer * s_.all_rows + s_.cache_rows[b]) * m_.heads + head) * s_.length * width;
     C *k = static_cast<C*>(s_.keys) + at, *v = static_cast<C*>(s_.values) + at;
     const float* qkv = rows_.qkv + b * 3 * m_.dim + head * width;
     float *q = query_.data, *acc = query_.data + padded_width;
@@ -222,12 +223,14 @@ void run_step(const Model& m, const State& s, int num_threads) {
 
 // blocks: 16 addresses for each layer, in the order of `Block`. weights: the dtype of all products' and the
 // token embedding's weights, or 3 for int8 with scales; everything else that is not a cache is fp32.
-void decode_step(const int64_t* tokens, const int64_t* positions, const void* blocks,
-                 const void* tokens_weight, const float* tokens_scale, const float* positions_weight,
-                 double embedding_scale, const float* ln_weight, const float* ln_bias, const void* head,
-                 const float* head_scale, void* keys, void* values, float* logits, int64_t batch,
-                 int64_t length, int64_t layers, int64_t dim, int64_t heads, int64_t hidden,
-                 int64_t vocabulary, double eps, int approximate, int weights, int cache, int num_threads) {
+// cache_rows: none twice, or threads would write to one.
+void decode_step(const int64_t* tokens, const int64_t* positions, const int64_t* cache_rows,
+                 const void* blocks, const void* tokens_weight, const float* tokens_scale,
+                 const float* positions_weight, double embedding_scale, const float* ln_weight,
+                 const float* ln_bias, const void* head, const float* head_scale, void* keys, void* values,
+                 float* logits, int64_t batch, int64_t all_rows, int64_t length, int64_t layers, int64_t dim,
+                 int64_t heads, int64_t hidden, int64_t vocabulary, double eps, int approximate, int weights,
+                 int cache, int num_threads) {
   const Model m{static_cast<const Block*>(blocks),
                 tokens_weight,
                 tokens_scale,
@@ -243,7 +246,7 @@ void decode_step(const int64_t* tokens, const int64_t* positions, const void* bl
                 vocabulary,
                 static_cast<float>(eps),
                 approximate};
-  const State s{tokens, positions, keys, values, logits, batch, length};
+  const State s{tokens, positions, cache_rows, keys, values, logits, batch, all_rows, length};
   const auto with_cache = [&](auto type) {
     using T = typename decltype(type)::type;
     if (cache == BF16) return run_step<T, bf16>(m, s, num_threads);

@@ -1,6 +1,6 @@
 // y = x W^T for a handful of rows of x (decoding): each row of W is streamed once, from memory, past all rows
 // of x, which stay in the caches as fp32. Sums of fp32 products in fp32, in an order that depends on nothing
-// but the width and the number of rows.
+// but the width (and the level): a row's results are the same bits whatever rows are beside it.
 #pragma once
 
 #include "parallel.h"
@@ -22,14 +22,12 @@ constexpr int64_t kAskAhead = 2048;
 // sums[r * J + i] = sum over j of x[r][j] w[i][j], for R rows of x and J of W.
 template <int R, int J, class T>
 FG_INLINE void dot_rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, float* sums) {
-  // Accumulators for each sum: a chain waits 4 cycles. Never by J, which is 1 for the rows of W left at the
-  // end of a stretch: a sum has one order wherever it stands.
-  constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
-  F acc[R * J][U];
+  // One accumulator for each sum, though a chain waits 4 cycles: there are several rows of W, and a sum has
+  // one order wherever it stands.
+  F acc[R * J];
 #pragma GCC unroll 32
-  for (int i = 0; i < R * J; ++i)
-    for (int u = 0; u < U; ++u) acc[i][u] = set(0.0f);
-  for_lanes<U, kTwice<T>>(k, [&](int64_t j, int u, auto lanes) FG_LAMBDA {
+  for (int i = 0; i < R * J; ++i) acc[i] = set(0.0f);
+  for_lanes<1, kTwice<T>>(k, [&](int64_t j, int, auto lanes) FG_LAMBDA {
     decltype(load(w, lanes)) weights[J];
 #pragma GCC unroll 4
     for (int i = 0; i < J; ++i) {
@@ -42,15 +40,11 @@ FG_INLINE void dot_rows(const float* x, int64_t ldx, const T* w, int64_t ldw, in
     for (int r = 0; r < R; ++r) {
       const auto row = load_scratch(x + r * ldx + j, lanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < J; ++i) acc[r * J + i][u] = add_product(acc[r * J + i][u], row, weights[i]);
+      for (int i = 0; i < J; ++i) acc[r * J + i] = add_product(acc[r * J + i], row, weights[i]);
     }
   });
 #pragma GCC unroll 32
-  for (int i = 0; i < R * J; ++i) {
-    F sum = acc[i][0];
-    for (int u = 1; u < U; ++u) sum = sum + acc[i][u];
-    sums[i] = hsum(sum);
-  }
+  for (int i = 0; i < R * J; ++i) sums[i] = hsum(acc[i]);
 }
 
 // emit(r, n, sum) for `rows` rows of x and the rows [begin, end) of W. R rows of x at once, as many of W as
@@ -58,7 +52,7 @@ FG_INLINE void dot_rows(const float* x, int64_t ldx, const T* w, int64_t ldw, in
 template <int R, class T, class Emit>
 FG_INLINE void few_rows_of(const float* x, int64_t ldx, int64_t first, const T* w, int64_t ldw, int64_t k,
                            int64_t begin, int64_t end, const Emit& emit) {
-  constexpr int J = R < 4 ? R : R == 4 ? 4 : kTwice<T> ? 2 : 3;
+  constexpr int J = R <= 4 ? 4 : kTwice<T> ? 2 : 3;
   float sums[R * J];
   int64_t n = begin;
   for (; n + J <= end; n += J) {

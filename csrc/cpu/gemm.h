@@ -4,8 +4,8 @@
 // Parts of a and b are copied into panels that the tile product (tile.h) reads from end to end: of a, kPanel
 // rows with their elements side by side, so that a block of kBlockPanels of them stays in a core's second
 // cache, of b kLanes columns. Each panel of b passes over the block and is read from the last cache once for
-// all its rows. Sums are in fp32, over kElements at a time; their order depends on k alone, so that a row of
-// c is the same whatever rows are beside it.
+// all its rows. Sums are in fp32, over kElements at a time; their order depends on k alone (and the dtype and
+// level), so that a row of c is the same bits whatever rows are beside it.
 #pragma once
 
 #include "math.h"
@@ -54,16 +54,18 @@ class Gemm : Matrices<T> {
   Gemm(const Matrices<T>& of, int num_threads) : Matrices<T>(of), num_threads(num_threads) {}
 
   void run() {
+    if (m < 1 || n < 1 || k < 1) return;
     const int64_t all = elements<Kind>(k), times = ceil_div(all, kElements);
     const int64_t some = round_up(ceil_div(all, times), W);
-    row_ = some +
-           W;  // never a multiple of 4 KB, or the rows of a tile would push each other out of the first cache
+    // Never a multiple of 4 KB, or the rows of a tile would push each other out of the first cache.
+    row_ = (some + W) % 1024 == 0 ? some + 2 * W : some + W;
     direct_ = sizeof(T) == 4 && activation == kNoActivation && kept == nullptr;
     const bool summed = !direct_ && times > 1;
     const int64_t rows = round_up(ceil_div(m, ceil_div(m, kMostRows)), kPanel);
     columns_ = round_up(ceil_div(n, ceil_div(n, summed ? kMostSummed : kMostColumns)), kLanes);
-    narrow_ = rows <= kNarrow && ceil_div(n, kLanes) >= 4 * max_of(1, num_threads);
-    if (narrow_) columns_ = round_up(n, kLanes);
+    const int64_t shared_out = 4 * max_of(1, num_threads) * kLanes;
+    narrow_ = rows <= kNarrow && n > shared_out - kLanes;
+    if (narrow_) columns_ = summed ? max_of(columns_, shared_out) : round_up(n, kLanes);
     const int64_t held = narrow_ ? max_of(1, num_threads) * (b.along ? kTogether : 1) * kLanes : columns_;
     Scratch a_panels(rows * row_), b_panels(held * some), sums(summed ? rows * columns_ : 0);
     a_panels_ = a_panels.data, b_panels_ = b_panels.data, sums_ = summed ? sums.data : nullptr;
@@ -80,16 +82,18 @@ class Gemm : Matrices<T> {
   }
 
  private:
-  static constexpr int64_t kPanel = 16;                                // rows: of one or several tiles
-  static constexpr int64_t kElements = Kind::kEach == 1 ? 768 : 1536;  // along k at once
+  static constexpr int64_t kPanel = 16;  // rows: of one or several tiles
+  // Elements along k summed at once, and panels in a block of some 400 KB.
+  static constexpr int64_t kElements = Kind::kEach == 1 ? 768 : 1536;
+  static constexpr int64_t kBlockPanels = Kind::kEach == 1 ? 9 : 4;
+  // Up to so many rows each thread packs its own panels of b as it takes them: no other core has to be asked
+  // for them, and they never leave the second cache. Above, a's panels would come from memory too often.
   static constexpr int64_t kNarrow = 1024;
-  static constexpr int64_t kBlockPanels = Kind::kEach == 1 ? 9 : 4;  // 400 KB of a
-  static constexpr int64_t kMostRows = 2048;                         // 6 MB of a in panels
-  static constexpr int64_t kMostColumns = 3072;                      // 9 MB of b
-  static constexpr int64_t kMostSummed = 768;                        // with sums beside them: 6 MB
-  static constexpr int64_t kTogether =
-      4;  // panels of b that a thread packs along k, or it would read rows in bits
-  static constexpr int64_t kAtOnce = 16;  // elements of a row that are packed along k before the next row's
+  // 6 MB of a in panels, 9 MB of b, or 6 MB of sums beside a smaller part of b; twice that of pairs.
+  static constexpr int64_t kMostRows = 2048, kMostColumns = 3072, kMostSummed = 768;
+  // Along k: panels of b that a thread packs together, and elements of a row packed before the next row's, or
+  // memory would be read in bits.
+  static constexpr int64_t kTogether = 4, kAtOnce = 16;
 
   struct Part {
     int64_t i, rows, j, columns, e, elements;
@@ -99,7 +103,7 @@ class Gemm : Matrices<T> {
   int num_threads;
   Part part_;
   bool direct_;  // c holds the sums
-  bool narrow_;  // so few rows that each thread packs its own panels of b, as it takes them
+  bool narrow_;
   int64_t columns_, row_;
   float *a_panels_, *b_panels_, *sums_;
 
@@ -159,6 +163,7 @@ class Gemm : Matrices<T> {
       const int64_t begin = panels * block / blocks, end = panels * (block + 1) / blocks;
       for (int64_t p = across * group / groups; p < across * (group + 1) / groups; ++p) {
         const float* panel = b_panels_ + p * kLanes * part_.elements;
+        // The next panel; of the last one nothing is lost.
         tiles(begin * kPanel, min_of(end * kPanel, part_.rows), p, panel, panel + kLanes * part_.elements);
       }
     });
@@ -175,19 +180,22 @@ class Gemm : Matrices<T> {
       float* own = b_panels_ + thread * (b.along ? kTogether : 1) * panel;
       for (int64_t job = 0; job < at_once; ++job) pack_job<kLanes>(b, part_.j + first, count, job, own);
       for (int64_t p = begin; p < end; ++p) {
-        const T* ahead =
-            b.at(part_.j + (p + threads) * kLanes, part_.e * Kind::kEach);  // likely this thread's next
-        tiles(0, part_.rows, p, own + (p - begin) * panel, ahead);
+        const float* from_b = own + (p - begin) * panel;
+        // Likely this thread's next columns, where they lie one after the other; else what is there already.
+        const bool in_line = !b.along && b.ld == k && part_.elements == elements<Kind>(k);
+        const int64_t next = min_of(part_.j + (p + threads) * kLanes, n - 1);
+        tiles(0, part_.rows, p, from_b, in_line ? static_cast<const void*>(b.at(next, 0)) : from_b);
       }
     });
   }
 
-  // Rows begin … end of the part, panel p of b.
+  // Rows begin … end of the part, panel p of b. The first tiles ask for as many bytes `ahead` as a panel has.
   FG_INLINE void tiles(int64_t begin, int64_t end, int64_t p, const float* from_b, const void* ahead) const {
-    const int64_t left = part_.columns - p * kLanes;
-    const char* line = static_cast<const char*>(ahead);
+    const int64_t left = part_.columns - p * kLanes, asking = begin + kLanes * 4 / 64 * kRows;
     with_vecs(ceil_div(left, W), [&](auto vecs) FG_LAMBDA {
-      for (int64_t i = begin; i < end; i += kRows, line += 64 * part_.elements) {
+      for (int64_t i = begin; i < end; i += kRows) {
+        const char* line = reinterpret_cast<const char*>(from_b);
+        if (i < asking) line = static_cast<const char*>(ahead) + (i - begin) / kRows * 64 * part_.elements;
         if (a.along) {
           tile<decltype(vecs)::value, true>(i, p, from_b, min_of(left, kLanes), line);
         } else {
@@ -199,7 +207,7 @@ class Gemm : Matrices<T> {
 
   // Rows i … i + kRows of the part, panel p of b.
   template <int V, bool Along>
-  FG_INLINE void tile(int64_t i, int64_t p, const float* from_b, int64_t columns, const void* ahead) const {
+  FG_INLINE void tile(int64_t i, int64_t p, const float* from_b, int64_t columns, const char* ahead) const {
     const int64_t rows = min_of(kRows, part_.rows - i), j = part_.j + p * kLanes;
     const float* from_a =
         Along ? a_panels_ + i / kPanel * kPanel * part_.elements + i % kPanel : a_panels_ + i * row_;
@@ -232,7 +240,7 @@ class Gemm : Matrices<T> {
 
   template <int V, bool Along>
   FG_INLINE void into(const float* from_a, const float* from_b, float* to, int64_t ld, bool fresh,
-                      const void* ahead) const {
+                      const char* ahead) const {
     const Constant<kLanes> ldb{};
     const auto start = [&](auto row, auto step) FG_LAMBDA {
       if (fresh) {

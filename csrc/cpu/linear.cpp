@@ -1,7 +1,9 @@
-// What the CPU's linear layers have of their own beside the library's product: a handful of rows, where W is
-// all that moves, and the bias' gradient.
+// What the CPU's linear layers are made of: a handful of rows, where W is all that moves, products of more
+// (gemm.h), and the bias' gradient.
 //
 //   y = act(x W^T + bias),  dbias = sum over the rows of dy
+//
+// The activation is of the sum in fp32; h, which backward has, is that sum rounded.
 
 #include "export.h"
 #include "few_rows.h"
@@ -18,19 +20,15 @@ FG_INLINE float activated_scalar(float z, int activation) {
   return lanes[0];
 }
 
-#if FG_BF16_PAIRS
+// bf16 is multiplied in pairs where the CPU can; subnormals then count as zero (tile.h).
 template <class T>
 struct KindOf {
   using type = Floats;
 };
+#if FG_BF16_PAIRS
 template <>
 struct KindOf<bf16> {
   using type = Pairs;
-};
-#else
-template <class T>
-struct KindOf {
-  using type = Floats;
 };
 #endif
 

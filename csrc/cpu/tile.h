@@ -49,11 +49,13 @@ FG_INLINE F spread(const float* p) {
 enum class Start { kZero, kAdd, kScale, kAddLast };
 
 // rows must be a multiple of kRows; a, b and c count in elements of 32 bits. a[i][k] is at a + i * row + k *
-// step. Distances may be Constants, which then are in the instructions. From `ahead` on a cache line is asked
-// for, into the second cache, with each k: what the next products read.
-template <class Kind, int V, Start S, class Row = int64_t, class Step = int64_t, class Ldb = int64_t>
+// step. Distances may be Constants, which then are in the instructions. `ahead`: an address from which on a
+// cache line is asked for with each k, into the second cache, as the next products read it; or Nothing.
+struct Nothing {};
+template <class Kind, int V, Start S, class Row = int64_t, class Step = int64_t, class Ldb = int64_t,
+          class Ahead = Nothing>
 inline void product(const float* a, Row row, Step step, const float* b, Ldb ldb, int64_t n, float* c,
-                    int64_t ldc, int64_t rows, const float* factors = nullptr, const void* ahead = nullptr) {
+                    int64_t ldc, int64_t rows, const float* factors = nullptr, Ahead ahead = {}) {
   for (int64_t first = 0; first < rows; first += kRows) {
     F acc[kRows][V];
     float* const to = c + first * ldc;
@@ -72,8 +74,7 @@ inline void product(const float* a, Row row, Step step, const float* b, Ldb ldb,
       F column[V];
 #pragma GCC unroll 4
       for (int u = 0; u < V; ++u) column[u] = load(b + k * ldb + u * W, Full{});
-      if constexpr (S == Start::kAddLast || __is_base_of(Constant<kLanes>, Ldb))
-        __builtin_prefetch(static_cast<const char*>(ahead) + k * 64, 0, 2);
+      if constexpr (!__is_base_of(Nothing, Ahead)) __builtin_prefetch(ahead + k * 64, 0, 2);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const F x = spread(from + i * row + k * step);

@@ -38,7 +38,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_mm(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """to += a @ b, rounded once."""
+    """to += a @ b, rounded to 16 bits once."""
     if to.dtype == torch.float16 and to.is_cpu:
         to.copy_(torch.addmm(to.float(), a.float(), b.float()))
     else:

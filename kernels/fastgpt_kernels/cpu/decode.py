@@ -83,22 +83,30 @@ def table(weights: Weights) -> Tensor:
 
 
 def decode_step(
-    weights: Weights, addresses: Tensor, tokens: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    weights: Weights,
+    addresses: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> Tensor:
-    """Logits [B, V] in fp32 of tokens [B], each at the place of its sequence in positions [B], both int64.
+    """Logits [B, V] in fp32 of tokens [B], each at the place of its sequence in positions [B], all int64.
 
-    keys, values: [layers, B, heads, length, dim / heads], of which the place is written and all before it is read.
+    keys, values: [layers, R, heads, length, dim / heads]; of a sequence's row, in rows [B], none twice, the place is
+    written and all before it is read.
     """
     embedding, head = weights.embedding, weights.head
     batch, vocabulary = tokens.shape[0], head.weight.shape[0]
     logits = torch.empty(batch, vocabulary)
     code = _INT8 if head.weight.dtype == torch.int8 else DTYPE_CODES[head.weight.dtype]
     kernels.decode_step(
-        tokens.data_ptr(), positions.data_ptr(), addresses.data_ptr(), embedding.weight.data_ptr(),
+        tokens.data_ptr(), positions.data_ptr(), rows.data_ptr(), addresses.data_ptr(), embedding.weight.data_ptr(),
         _at(embedding.scale), weights.positions.data_ptr(), weights.embedding_scale, _at(weights.ln_f.weight),
         _at(weights.ln_f.bias), head.weight.data_ptr(), _at(head.scale), keys.data_ptr(), values.data_ptr(),
-        logits.data_ptr(), batch, keys.shape[3], keys.shape[0], head.weight.shape[1], weights.heads, weights.hidden,
-        vocabulary, weights.eps, _APPROXIMATE[weights.approximate], code, DTYPE_CODES[keys.dtype], get_num_threads(),
+        logits.data_ptr(), batch, keys.shape[1], keys.shape[3], keys.shape[0], head.weight.shape[1], weights.heads,
+        weights.hidden, vocabulary, weights.eps, _APPROXIMATE[weights.approximate], code,
+        DTYPE_CODES[keys.dtype], get_num_threads(),
     )  # fmt: skip
     return logits
 

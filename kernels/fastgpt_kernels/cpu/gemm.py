@@ -16,8 +16,9 @@ _AMD = kernels.is_amd()
 def faster(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
     """Whether our own product [m, k] x [k, n] is, by measurement on AMD's Zen 4 (benchmarks/NOTES.md).
 
-    In fp32 and fp16 with AVX2 or better; in bf16 where it is multiplied in pairs. Not for small products, whose host
-    time counts, nor for few columns, which leave a thread without work.
+    In fp32 and fp16 with AVX2 or better (as fast as MKL then, though that has AVX-512 there); in bf16 where it is
+    multiplied in pairs. Not for small products, whose host time counts, nor for few columns, which leave a thread
+    without work.
     """
     if not _AMD or n < _LEAST_COLUMNS or m < _LEAST_ROWS or m * n * k < _LEAST_PRODUCTS:
         return False
@@ -72,6 +73,14 @@ def _gemm(
 ) -> None:
     """c [m, n] = act(a [m, k] @ b [k, n] + bias), or c += a @ b; rows of c are adjacent numbers."""
     (m, k), n = a.shape, b.shape[1]
+    if (
+        b.shape[0] != k
+        or c.shape != (m, n)
+        or not a.dtype == b.dtype == c.dtype
+        or (n > 1 and c.stride(1) != 1)
+    ):
+        got = ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in (a, b, c))
+        raise ValueError(f"gemm: expected [m, k], [k, n] and [m, n] of one dtype, got {got}")
     along_a, along_b = a.stride(1) != 1, b.stride(1) == 1
     kernels.gemm(
         a.data_ptr(), a.stride(1 if along_a else 0), along_a, b.data_ptr(), b.stride(0 if along_b else 1), along_b,

@@ -11,8 +11,8 @@ from fastgpt_kernels.cpu import gelu, gemm
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels, unsupported
 from fastgpt_kernels.rows import rows_of
 
-# Rows up to which the kernel that streams the weight is ahead of the library's product (benchmarks/NOTES.md). 16-bit
-# weights are widened for it, where oneDNN multiplies them in pairs.
+# Rows up to which the kernel that streams the weight is ahead of the products of many (benchmarks/NOTES.md). 16-bit
+# weights are widened for it, where those multiply them in pairs.
 MOST_FEW_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 16}
 
 
