@@ -232,7 +232,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention with one packed projection to q, k, v.
 
     `mask` is boolean (True = may look) or float, broadcastable to [B, H, T, T], on top of causality.
-    `dropout` drops elements of the output; probabilities are not dropped.
+    `dropout` drops elements of the output, `attention_dropout` probabilities.
     """
 
     def __init__(
@@ -241,6 +241,7 @@ class CausalSelfAttention(nn.Module):
         num_heads: int,
         dropout: float = 0.0,
         *,
+        attention_dropout: float = 0.0,
         bias: bool = True,
         backend: Backend = None,
     ) -> None:
@@ -249,6 +250,7 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
         self.num_heads, self.backend = num_heads, backend
         self.dropout = _probability("dropout", dropout)
+        self.attention_dropout = _probability("attention_dropout", attention_dropout)
         self.c_attn = nn.Linear(dim, 3 * dim, bias=bias)
         self.c_proj = nn.Linear(dim, dim, bias=bias)
 
@@ -257,7 +259,10 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"x: expected [B, T, {self.c_attn.in_features}], got {tuple(x.shape)}")
         batch, length, dim = x.shape
         qkv = _linear(self.c_attn, x, self.backend)
-        out = ops.attention_qkv(qkv, self.num_heads, causal=True, mask=mask, backend=self.backend)
+        p = self.attention_dropout if self.training else 0.0
+        out = ops.attention_qkv(
+            qkv, self.num_heads, causal=True, mask=mask, dropout_p=p, backend=self.backend
+        )
         out = out.transpose(1, 2).reshape(batch, length, dim)
         out = _linear(self.c_proj, out, self.backend)
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
@@ -274,13 +279,16 @@ class Block(nn.Module):
         hidden_dim: int | None = None,
         activation: str = "gelu_tanh",
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
         bias: bool = True,
         eps: float = 1e-5,
         backend: Backend = None,
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(dim, eps, bias=bias, backend=backend)
-        self.attn = CausalSelfAttention(dim, num_heads, dropout, bias=bias, backend=backend)
+        self.attn = CausalSelfAttention(
+            dim, num_heads, dropout, attention_dropout=attention_dropout, bias=bias, backend=backend
+        )
         self.ln_2 = LayerNorm(dim, eps, bias=bias, backend=backend)
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         self.mlp = MLP(dim, hidden_dim, activation=activation, bias=bias, backend=backend)

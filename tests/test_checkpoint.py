@@ -13,7 +13,7 @@ import torch
 from test_gpt import DIM, LENGTH, VOCAB, Options, make_model, make_tokens
 from torch import Tensor
 
-from fastgpt.models import checkpoint
+from fastgpt.models import checkpoint, hugging_face
 from fastgpt.models.gpt import GPT
 
 
@@ -35,23 +35,23 @@ def test_save_and_load_bitwise(tmp_path: Path, options: Options, dtype: torch.dt
 
 
 def drop(tensors: dict[str, Tensor]) -> None:
-    del tensors["h.1.ln_2.bias"]
+    del tensors["transformer.h.1.ln_2.bias"]
 
 
 def reshape(tensors: dict[str, Tensor]) -> None:
-    tensors["wte.weight"] = tensors["wte.weight"][:-1]
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:-1]
 
 
 def add(tensors: dict[str, Tensor]) -> None:
-    tensors["h.2.ln_1.bias"] = torch.zeros(32)
+    tensors["transformer.h.2.ln_1.bias"] = torch.zeros(32)
 
 
 def integers(tensors: dict[str, Tensor]) -> None:
-    tensors["ln_f.bias"] = torch.zeros(32, dtype=torch.int32)
+    tensors["transformer.ln_f.bias"] = torch.zeros(32, dtype=torch.int32)
 
 
 def mixed(tensors: dict[str, Tensor]) -> None:
-    tensors["h.0.ln_1.bias"] = tensors["h.0.ln_1.bias"].bfloat16()
+    tensors["transformer.h.0.ln_1.bias"] = tensors["transformer.h.0.ln_1.bias"].bfloat16()
 
 
 def fp8(tensors: dict[str, Tensor]) -> None:
@@ -61,18 +61,21 @@ def fp8(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (drop, r"h\.1\.ln_2\.bias: expected a tensor of shape \(32,\), got none"),
-        (reshape, r"wte\.weight: expected shape \(61, 32\), got \(60, 32\)"),
-        (add, r"h\.2\.ln_1\.bias: expected no such tensor, got shape \(32,\)"),
-        (integers, r"ln_f\.bias: expected float32 as wte\.weight, got int32"),
-        (mixed, r"h\.0\.ln_1\.bias: expected float32 as wte\.weight, got bfloat16"),
-        (fp8, r"wte\.weight: expected one of float32, bfloat16, float16, float64, got float8_e4m3fn"),
+        (drop, r"transformer\.h\.1\.ln_2\.bias: expected a tensor of shape \(32,\), got none"),
+        (reshape, r"transformer\.wte\.weight: expected shape \(61, 32\), got \(60, 32\)"),
+        (add, r"transformer\.h\.2\.ln_1\.bias: expected no such tensor, got shape \(32,\)"),
+        (integers, r"transformer\.ln_f\.bias: expected float32 as transformer\.wte\.weight, got int32"),
+        (mixed, r"transformer\.h\.0\.ln_1\.bias: expected float32 as transformer\.wte\.weight, got bfloat16"),
+        (
+            fp8,
+            r"transformer\.wte\.weight: expected one of float32, bfloat16, float16, float64, got float8_e4m3fn",
+        ),
     ],
 )
 def test_faulty_weights_are_named(tmp_path: Path, fault: Callable, message: str) -> None:
     model = make_model()
     model.save_pretrained(tmp_path)
-    tensors = dict(model.state_dict())
+    tensors = hugging_face.to_layout(model.state_dict())
     fault(tensors)
     (tmp_path / checkpoint.WEIGHTS).write_bytes(checkpoint.tensor_bytes(tensors))
     with pytest.raises(ValueError, match=r"model\.safetensors: " + message):
@@ -90,14 +93,14 @@ def test_faulty_weights_are_named(tmp_path: Path, fault: Callable, message: str)
         (checkpoint.CONFIG, b"{}", ValueError, "config.json: expected the fields .*, got no vocab_size"),
         (
             checkpoint.CONFIG,
-            {"layers": 2},
+            {"model_type": "fastgpt"},
             ValueError,
-            "config.json: expected the fields .*, got unexpected layers",
+            "config.json: expected the fields .*, got unexpected activation_function",
         ),
-        (checkpoint.CONFIG, {"num_heads": 5}, ValueError, "config.json: num_heads: expected a divisor"),
+        (checkpoint.CONFIG, {"n_head": 5}, ValueError, "config.json: num_heads: expected a divisor"),
         (
             checkpoint.CONFIG,
-            {"embedding_dim": "32"},
+            {"n_embd": "32"},
             ValueError,
             "config.json: embedding_dim: expected an integer",
         ),

@@ -41,7 +41,27 @@ def test_bpe_covers_every_text_and_is_deterministic(tmp_path: Path) -> None:
         assert a.decode(a.encode(text)) == text
     assert len(a.encode(TEXT)) < len(TEXT.encode()) / 2
     (tmp_path / "tokenizer.json").write_bytes(a.to_json())
-    assert load_tokenizer(str(tmp_path / "tokenizer.json")).encode(TEXT) == a.encode(TEXT)
+    assert load_tokenizer(str(tmp_path)).encode(TEXT) == a.encode(TEXT)
+
+
+def test_vocab_and_merges_suffice(tmp_path: Path) -> None:
+    trained = BPETokenizer.train(TEXT, 300)
+    model = json.loads(trained.to_json())["model"]
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"])
+    )
+    (tmp_path / "vocab.json").write_text(json.dumps({**model["vocab"], "<|endoftext|>": trained.vocab_size}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.vocab_size == trained.vocab_size + 1
+    assert loaded.encode(TEXT) == trained.encode(TEXT)
+    assert loaded.encode("a<|endoftext|>b")[1] == trained.vocab_size
+    assert loaded.decode(loaded.encode(" 漢字 \t")) == " 漢字 \t"
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "merges.txt").write_text("no such pair")
+    with pytest.raises(ValueError, match=r"merges\.txt: expected a BPE's tokens and merges"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_bytes(tmp_path: Path) -> None:
@@ -49,10 +69,10 @@ def test_bytes(tmp_path: Path) -> None:
     assert tokenizer.encode("é") == [0xC3, 0xA9]
     assert tokenizer.decode([0xC3, 0xA9, 0xC3]) == "é\ufffd"
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_json())
-    assert isinstance(load_tokenizer(str(tmp_path / "tokenizer.json")), ByteTokenizer)
+    assert isinstance(load_tokenizer(str(tmp_path)), ByteTokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer's JSON"):
-        load_tokenizer(str(tmp_path / "tokenizer.json"))
+        load_tokenizer(str(tmp_path))
 
 
 def test_the_tail_is_held_out() -> None:

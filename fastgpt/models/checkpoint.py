@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Write = Callable[[str, bytes], None]
@@ -91,20 +91,44 @@ def read_json(path: str) -> dict[str, Any]:
 def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # The format is what transformers asks for.
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
 
-def read_tensors(path: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must have the names and shapes of `expected`, and one dtype."""
+def load_tensors(directory: str) -> tuple[str, dict[str, Tensor]]:
+    """The file of weights in a directory, one or the index of several, and all its tensors."""
+    index = os.path.join(directory, SHARDS)
+    if os.path.exists(os.path.join(directory, WEIGHTS)) or not os.path.exists(index):
+        path = os.path.join(directory, WEIGHTS)
+        return path, _load(path)
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index}: expected a weight_map from tensors to files, got {type(places).__name__}")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        if os.path.basename(file) != file:
+            raise ValueError(f"{index}: expected files beside it, got {file!r}")
+        found |= _load(os.path.join(directory, file))
+    for name, file in places.items():
+        if name not in found:
+            raise ValueError(f"{os.path.join(directory, file)}: {name}: expected as the index says, got none")
+    return index, found
+
+
+def _load(path: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
-    with open(path, "rb") as file:
-        data = file.read()
+    with open(path, "rb"):  # the system's own error, if it cannot be read
+        pass
     try:
-        found = load(data)
+        return load_file(path)  # mapped, not read: what is left out costs nothing
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
+
+
+def check_tensors(path: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """ValueError unless `found` has the names and shapes of `expected`, and one dtype."""
     first = next(iter(expected))
     for name, tensor in expected.items():
         if name not in found:
@@ -122,7 +146,6 @@ def read_tensors(path: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in found:
         if name not in expected:
             raise ValueError(f"{path}: {name}: expected no such tensor, got shape {tuple(found[name].shape)}")
-    return found
 
 
 def _short(dtype: torch.dtype) -> str:

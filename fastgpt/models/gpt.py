@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
-from fastgpt.models import checkpoint
+from fastgpt.models import checkpoint, hugging_face
 from fastgpt.nn import ACTIVATIONS, Block, LayerNorm, PositionalEncoding
 
 IGNORE_INDEX = -100  # targets that do not count, as in F.cross_entropy
 POSITIONS = ("learned", "sinusoidal")
+MODEL_TYPE = "fastgpt"  # in config.json, where it is not GPT-2's
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class GPTConfig:
     """Everything that defines a GPT; `backend` only says which kernels run it and is not saved.
 
     `positions`: "learned" (GPT-2), or "sinusoidal", where token embeddings are scaled by sqrt(embedding_dim)
-    as in "Attention Is All You Need", section 3.4. `dropout` acts on the embeddings and on the output of
-    every branch. `hidden_dim` defaults to 4 * embedding_dim.
+    as in "Attention Is All You Need", section 3.4. `dropout` acts on the output of every branch and, unless
+    `embedding_dropout` is given, on the embeddings; `attention_dropout` on attention's probabilities. `hidden_dim`
+    defaults to 4 * embedding_dim. `eos_idx` is the token that ends a text; the model itself does not look at it.
     """
 
     vocab_size: int
@@ -39,9 +41,12 @@ class GPTConfig:
     positions: str = "learned"
     activation: str = "gelu_tanh"
     dropout: float = 0.0
+    embedding_dropout: float | None = None
+    attention_dropout: float = 0.0
     bias: bool = True
     tie_output: bool = True
     layer_norm_eps: float = 1e-5
+    eos_idx: int | None = None
     backend: Backend = None
 
     def __post_init__(self) -> None:
@@ -62,17 +67,24 @@ class GPTConfig:
             raise ValueError(
                 f"num_heads: expected a divisor of embedding_dim={self.embedding_dim}, got {self.num_heads}"
             )
-        pad = self.pad_idx
-        if pad is not None and (
-            isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size
-        ):
-            raise ValueError(f"pad_idx: expected None or a token id in [0, {self.vocab_size}), got {pad!r}")
+        for name in ("pad_idx", "eos_idx"):
+            idx = getattr(self, name)
+            if idx is not None and (
+                isinstance(idx, bool) or not isinstance(idx, int) or not 0 <= idx < self.vocab_size
+            ):
+                raise ValueError(
+                    f"{name}: expected None or a token id in [0, {self.vocab_size}), got {idx!r}"
+                )
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        if self.embedding_dropout is None:
+            object.__setattr__(self, "embedding_dropout", self.dropout)
+        for name in ("dropout", "embedding_dropout", "attention_dropout"):
+            p = getattr(self, name)
+            if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {p!r}")
         if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps: expected a number > 0, got {self.layer_norm_eps!r}")
         for name in ("bias", "tie_output"):
@@ -142,6 +154,7 @@ class GPT(nn.Module):
                 hidden_dim=config.hidden_dim,
                 activation=config.activation,
                 dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
                 bias=config.bias,
                 eps=config.layer_norm_eps,
                 backend=config.backend,
@@ -197,27 +210,58 @@ class GPT(nn.Module):
         )
         if not learned:
             x = self.positions(x * math.sqrt(config.embedding_dim), tokens)
-        return F.dropout(x, config.dropout) if config.dropout and self.training else x
+        p = config.embedding_dropout
+        return F.dropout(x, p) if p and self.training else x
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and then model.safetensors into the directory; each replaces an old one whole."""
+        """Write config.json and then model.safetensors into the directory; each replaces an old one whole.
+
+        In the layout of Hugging Face's GPT-2, which `transformers.GPT2LMHeadModel.from_pretrained` loads; a model
+        that GPT-2's options cannot describe (sinusoidal positions, no biases) in our own.
+        """
         with checkpoint.atomic_files(path) as write:
             self.write_files(write)
 
     def write_files(self, write: checkpoint.Write) -> None:
-        write(checkpoint.CONFIG, checkpoint.json_bytes(self.config.to_dict()))
-        write(checkpoint.WEIGHTS, checkpoint.tensor_bytes(self.state_dict()))
+        values, state = hugging_face.config_values(self.config.to_dict()), self.state_dict()
+        if values is None:
+            values = {"model_type": MODEL_TYPE, **self.config.to_dict()}
+        else:
+            state = hugging_face.to_layout(state)
+        write(checkpoint.CONFIG, checkpoint.json_bytes(values))
+        write(checkpoint.WEIGHTS, checkpoint.tensor_bytes(state))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, backend: Backend = None) -> GPT:
-        """The model saved in a directory, in the dtype it was saved in, on the CPU, in evaluation mode."""
-        config_file = os.path.join(path, checkpoint.CONFIG)
-        config = GPTConfig.from_dict(checkpoint.read_json(config_file), config_file)
+        """The model saved in a directory, in the dtype it was saved in, on the CPU, in evaluation mode.
+
+        Args:
+            path: a directory that `save_pretrained` or transformers wrote (GPT-2; in one file or in shards), or a
+                name on the Hugging Face hub.
+            backend: which kernels run it.
+
+        Raises:
+            OSError, ValueError: naming the file, what was expected and what came.
+        """
+        directory = hugging_face.locate(path)
+        config_file = os.path.join(directory, checkpoint.CONFIG)
+        values = checkpoint.read_json(config_file)
+        own = values.get("model_type", MODEL_TYPE) == MODEL_TYPE
+        if own:
+            values.pop("model_type", None)
+        else:
+            values = hugging_face.config_fields(values, config_file)
+        config = GPTConfig.from_dict(values, config_file)
         with torch.random.fork_rng(
             devices=[]
         ):  # the initialisation is thrown away: draw nothing from the caller
             model = cls(GPTConfig(**{**config.to_dict(), "backend": backend}))
-        weights = checkpoint.read_tensors(os.path.join(path, checkpoint.WEIGHTS), model.state_dict())
+        state = model.state_dict()
+        if own:
+            source, weights = checkpoint.load_tensors(directory)
+            checkpoint.check_tensors(source, weights, state)
+        else:
+            weights = hugging_face.read(directory, state)
         model.load_state_dict(weights, assign=True)
         return model.eval()
 

@@ -17,6 +17,7 @@ class StockAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
         self.c_attn = nn.Linear(config.embedding_dim, 3 * config.embedding_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.embedding_dim, config.embedding_dim, bias=config.bias)
 
@@ -24,7 +25,8 @@ class StockAttention(nn.Module):
         batch, length, dim = x.shape
         q, k, v = self.c_attn(x).split(dim, dim=2)
         q, k, v = (t.view(batch, length, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        p = self.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -64,7 +66,7 @@ class StockGPT(nn.Module):
             self.wpe = nn.Embedding(config.max_seq_length, dim)
         else:
             self.positions = PositionalEncoding(dim, config.max_seq_length, config.pad_idx)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.embedding_dropout or 0.0)
         self.h = nn.ModuleList(StockBlock(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(dim, config.layer_norm_eps, bias=config.bias)
         self.lm_head = None if config.tie_output else nn.Linear(dim, config.vocab_size, bias=False)

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from fastgpt.models import hugging_face
 from fastgpt.models.checkpoint import CONFIG, WEIGHTS, atomic_files, json_bytes, refuse_non_file
 from fastgpt.models.gpt import GPT
 from fastgpt.nn import Backend
 from fastgpt.train.loop import Record
-from fastgpt.train.tokenizer import Tokenizer, load_tokenizer
+from fastgpt.train.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 
-TOKENIZER, TRAINING, LOSSES, PLOT = "tokenizer.json", "training.json", "losses.jsonl", "loss.png"
+TRAINING, LOSSES, PLOT = "training.json", "losses.jsonl", "loss.png"
 FILES = (TOKENIZER, TRAINING, LOSSES, PLOT, CONFIG, WEIGHTS)
 WRITERS = ("matplotlib.backends.backend_agg", "safetensors.torch", "tqdm")  # needed late in a run
 
@@ -69,10 +70,10 @@ def save(
 
 
 def load(path: str, *, backend: Backend = None) -> tuple[GPT, Tokenizer]:
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"{path}: expected a directory with a saved model, got none")
+    """The model and the tokenizer of a directory, or of a name on the hub, as `GPT.from_pretrained`."""
+    path = hugging_face.locate(path)
     model = GPT.from_pretrained(path, backend=backend)
-    tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{path}: expected a tokenizer of at most {model.config.vocab_size} tokens, got {tokenizer.vocab_size}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Protocol
 
+TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's
 BYTES = {"type": "bytes"}  # what tokenizer.json holds for the byte tokenizer
 
 
@@ -77,7 +80,16 @@ def make_tokenizer(kind: str, text: str, vocab_size: int) -> Tokenizer:
     raise ValueError(f"tokenizer: expected bpe or bytes, got {kind!r}")
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(directory: str) -> Tokenizer:
+    """The tokenizer in a directory: tokenizer.json, or vocab.json and merges.txt as GPT-2 came with.
+
+    Raises:
+        OSError, ValueError: naming the file, what was expected and what came.
+    """
+    path = os.path.join(directory, TOKENIZER)
+    vocab, merges = (os.path.join(directory, name) for name in (VOCAB, MERGES))
+    if not os.path.exists(path) and os.path.exists(vocab):
+        return _gpt2_tokenizer(vocab, merges)
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -90,3 +102,20 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{path}: expected a tokenizer's JSON, got {error}") from None
+
+
+def _gpt2_tokenizer(vocab: str, merges: str) -> BPETokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    for path in (vocab, merges):
+        with open(path, "rb"):  # the system's own error, if it cannot be read
+            pass
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{vocab}, {merges}: expected a BPE's tokens and merges, got {error}") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return BPETokenizer(tokenizer)
