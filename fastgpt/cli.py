@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train | generate | demo | check | doctor`.
+"""The command line: `fastgpt train | generate | perplexity | quantize | demo | check | doctor`.
 
 A user's mistake is one line on stderr and exit code 2. FASTGPT_TRACEBACK=1 shows where it was raised.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fastgpt.tasks.text import Timer
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm", "tyro")  # what fastgpt[all] brings for this file
 
@@ -128,55 +131,142 @@ def train(
 
 
 def generate(
-    model: Path,
-    prompt: str,
-    max_new_tokens: int = 200,
+    model: str,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    max_new_tokens: int | None = None,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    stop: tuple[str, ...] = (),
+    samples: int = 1,
+    weights: Literal["fp32", "bf16", "int8"] = "bf16",
+    batch: int = 8,
     device: str = "auto",
     backend: str | None = None,
 ) -> int:
-    """Continue a text with a trained model, printed as it is made.
+    """Continue a text with a model, printed as it is made, or a file of prompts.
+
+    On a CPU by the decoder, which keeps keys and values. On another device, or with --backend, a prompt only, and the
+    whole text goes through the model for each token.
 
     Args:
-        model: Directory that `fastgpt train` wrote.
+        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
         prompt: The text to continue.
-        max_new_tokens: Tokens to add.
+        prompts: A JSONL file instead: on each line an object with a "prompt".
+        out: Where its continuations go, as JSONL; a run that was cut short goes on where it ended.
+        max_new_tokens: Tokens to add; without it 200, or as many as the context has room for.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_k: Draw from the k likeliest tokens only.
         top_p: Draw from the likeliest tokens that make up this probability together.
         seed: The same seed gives the same text.
+        stop: Texts that end a continuation; they are left out.
+        samples: Continuations of each prompt of a file.
+        weights: What the weights are kept in.
+        batch: Continuations of a file that are made together.
         device: cpu, cuda, or auto.
-        backend: Kernels to use instead of the automatic choice; several (cpu,torch) are tried in that order.
+        backend: Kernels to use instead of the decoder; several (cpu,torch) are tried in that order.
     """
-    import torch
-
-    from fastgpt.generate import stream
+    from fastgpt.generate import Engine, Sampling
+    from fastgpt.tasks import text
     from fastgpt.train import checkpoint
 
-    where = _device(device)
-    gpt, tokenizer = checkpoint.load(str(model), backend=_backends(backend))
-    gpt.to(where)
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("prompt: expected some text, got an empty prompt")
-    steps = stream(
-        gpt, torch.tensor([ids], device=where), max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, seed=seed,
-    )  # fmt: skip
-    shown = 0
-    for token in steps:
-        if shown == 0:
-            print(prompt, end="", flush=True)
-            shown = len(tokenizer.decode(ids))
-        ids.append(int(token))
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character of several bytes is still under way
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print("" if shown else prompt)
+    if (prompt is None) == (prompts is None):
+        raise ValueError(
+            "prompt: expected either --prompt or --prompts, got " + ("both" if prompt else "none")
+        )
+    if (prompts is None) != (out is None):
+        raise ValueError("out: expected it with --prompts, and only there")
+    if prompt is not None and samples != 1:
+        raise ValueError(f"samples: expected 1 with --prompt, got {samples}")
+    where, backends = _device(device), _backends(backend)
+    decoder = where == "cpu" and backends is None
+    if prompts is not None and not decoder:
+        raise ValueError("prompts: expected --device cpu and no --backend with them")
+    gpt, tokenizer = checkpoint.load(model, backend=backends)
+    context = gpt.config.max_seq_length
+    if max_new_tokens is None:
+        longest = [text.encode(tokenizer, prompt)] if prompt is not None else []
+        if prompts is not None:
+            longest = [tokenizer.encode(str(line.get("prompt"))) for _, line in text.read_jsonl(prompts)]
+        max_new_tokens = max(min(200, context - max(map(len, longest))), 1)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, gpt.config.eos_idx)
+    if not decoder:
+        assert prompt is not None
+        pieces = text.stream_uncached(gpt.to(where), tokenizer, prompt, sampling, stop)
+        return _show(prompt, pieces)
+    engine = Engine(gpt, weights=weights, batch=1 if prompts is None else batch)
+    if prompts is not None and out is not None:
+        written, speed = text.continue_file(
+            engine, tokenizer, prompts, out, sampling, samples=samples, stop=stop
+        )
+        print(f"{written} texts written to {out}" + (f"; {speed}" if speed else ": all were there"))
+        return 0
+    assert prompt is not None
+    return _show(prompt, text.stream_text(engine, tokenizer, prompt, sampling, stop), text.Timer(engine))
+
+
+def _show(prompt: str, pieces: Iterator[str], timer: Timer | None = None) -> int:
+    first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
+    print(prompt, first, sep="", end="", flush=True)
+    if timer:
+        timer.restart()
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        if timer:
+            timer.add()
+    print()
+    if timer and timer.tokens:
+        print(timer.speed(), file=sys.stderr)
+    return 0
+
+
+def perplexity(
+    model: str,
+    text: tuple[Path, ...],
+    window: int | None = None,
+    stride: int | None = None,
+) -> int:
+    """Measure how well a model foresees a text: the exponential of its mean loss in nats per token.
+
+    Args:
+        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
+        text: UTF-8 text files.
+        window: Tokens that the model sees at once; its context when not given.
+        stride: How far the window moves; half of it when not given.
+    """
+    import time
+
+    from fastgpt.generate import perplexity as measured
+    from fastgpt.tasks.text import text_tokens
+    from fastgpt.train import checkpoint
+
+    gpt, tokenizer = checkpoint.load(model)
+    tokens = text_tokens(tokenizer, text)
+    started = time.perf_counter()
+    value, count = measured(gpt, tokens, window=window, stride=stride)
+    rate = count / (time.perf_counter() - started)
+    print(f"perplexity {value:.4f} over {count:,} tokens ({rate:,.0f} tokens/s)")
+    return 0
+
+
+def quantize(model: str, text: tuple[Path, ...] = (), report: bool = False) -> int:
+    """Show what keeping a model's weights in bf16 or int8 saves, and what it costs in perplexity.
+
+    Nothing is written: weights are rounded when a model is loaded (`fastgpt generate --weights int8`).
+
+    Args:
+        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
+        text: UTF-8 text files to measure on; without any, the tail of Python's language reference.
+        report: Measure the perplexity (minutes, for a large model).
+    """
+    from fastgpt.tasks.quantize import table
+    from fastgpt.train import checkpoint
+
+    gpt, tokenizer = checkpoint.load(model)
+    print(table(gpt, tokenizer, text if report else None))
     return 0
 
 
@@ -229,7 +319,7 @@ def doctor(table: bool = False) -> int:
     return 0
 
 
-COMMANDS = {f.__name__: f for f in (train, generate, demo, check, doctor)}
+COMMANDS = {f.__name__: f for f in (train, generate, perplexity, quantize, demo, check, doctor)}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,14 +1,57 @@
-"""Sampling from a model: temperature, top-k and nucleus (top-p, Holtzman et al. 2020)."""
+"""Text from a model: temperature, top-k and nucleus sampling (Holtzman et al. 2020), batches of prompts, scores.
+
+`generate` and `stream` take a tensor of prompts of one length, on any device, and see a window of the last tokens.
+`Engine` takes prompts of any lengths, on the CPU, keeps keys and values, and gives each continuation as it would be
+alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastgpt.decoding import Decoder
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import evaluating
+
+_HEAD = 1024  # of the likeliest tokens, among which those that top-p keeps are looked for first
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest, then `top_p` of what is left the
+    likeliest that make up this probability together. A continuation ends after `max_new_tokens`, or with
+    `stop_token`.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_token: int | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """ValueError unless a model of that vocabulary can be asked so."""
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected at least 0, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.stop_token is not None and not 0 <= self.stop_token < vocab_size:
+            raise ValueError(f"stop_token: expected an id in [0, {vocab_size}), got {self.stop_token}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {self.seed}")
 
 
 def generate(
@@ -58,43 +101,27 @@ def stream(
     check_ids("tokens", tokens, model.config.vocab_size, next(model.parameters()).device)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens: expected shape [B, T] with T >= 1, got {tuple(tokens.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
-        raise ValueError(f"stop_token: expected an id in [0, {model.config.vocab_size}), got {stop_token}")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {seed}")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+    sampling.check(model.config.vocab_size)
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-    return _stream(model, tokens.long(), max_new_tokens, temperature, top_k, top_p, generator, stop_token)
+    return _stream(model, tokens.long(), sampling, generator)
 
 
 def _stream(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    stop_token: int | None,
+    model: GPT, tokens: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
+    stop = sampling.stop_token
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
+    for _ in range(sampling.max_new_tokens):
         tokens = tokens[:, -model.config.max_seq_length :]
         logits = _last_logits(model, tokens)
-        token = sample(logits, temperature, top_k, top_p, generator)
-        if stop_token is not None:
-            token = torch.where(done, stop_token, token)
-            done |= token == stop_token
+        token = sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
+        if stop is not None:
+            token = torch.where(done, stop, token)
+            done |= token == stop
         tokens = torch.cat([tokens, token[:, None]], dim=1)
         yield token
-        if stop_token is not None and done.all():
+        if stop is not None and done.all():
             return
 
 
@@ -102,8 +129,12 @@ def _stream(
 def _last_logits(model: GPT, tokens: Tensor) -> Tensor:
     with evaluating(model):
         logits = model(tokens)[:, -1].float()  # [B, V]
-    if model.config.pad_idx is not None:
-        logits[:, model.config.pad_idx] = -torch.inf  # padding is never text
+    return without_padding(logits, model.config.pad_idx)
+
+
+def without_padding(logits: Tensor, pad_idx: int | None) -> Tensor:
+    if pad_idx is not None:
+        logits[:, pad_idx] = -torch.inf  # padding is never text
     return logits
 
 
@@ -119,13 +150,192 @@ def sample(
         return logits.argmax(dim=-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them overflow to +inf
     fp32 = torch.finfo(torch.float32)
-    temperature = min(max(temperature, fp32.tiny), fp32.max)
-    scores, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    scores = logits / min(max(temperature, fp32.tiny), fp32.max)
+    if top_k is None and top_p is None:
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)[:, 0]
+    p, ids = _likeliest(scores, top_k, top_p)
+    choice = torch.multinomial(p, 1, generator=generator)  # rescales p to sum to one
+    return ids.gather(1, choice)[:, 0]
+
+
+def _likeliest(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """(p, ids) [B, n] of the tokens that top-k and top-p leave, likeliest first; p is 0 where they do not."""
+    vocab_size = scores.shape[-1]
     if top_k is not None:
-        scores[:, top_k:] = -torch.inf
-    p = scores.softmax(dim=-1)
+        kept, ids = scores.topk(min(top_k, vocab_size), dim=-1)
+        p = kept.softmax(dim=-1)
+    else:
+        # Sorting tens of thousands of tokens would take a third of the time of a step.
+        kept, ids = scores.topk(min(_HEAD, vocab_size), dim=-1)
+        p = (kept - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        if top_p is not None and bool((p.sum(dim=-1) < top_p).any()):
+            kept, ids = scores.sort(dim=-1, descending=True)
+            p = kept.softmax(dim=-1)
     if top_p is not None:
         before = p.cumsum(dim=-1) - p  # the mass ahead of each token: the first token always stays
         p = p.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(p, 1, generator=generator)  # rescales p to sum to one
-    return ids.gather(1, choice)[:, 0]
+    return p, ids
+
+
+# --- batches of prompts ---
+
+
+@dataclass
+class Continuation:
+    """What followed one prompt: tokens, and the natural logarithm of each one's probability as the model has it."""
+
+    prompt: int  # which of the prompts
+    sample: int  # which of its samples
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: str | None = None  # "stop" or "length"
+
+
+class Engine:
+    """Continuations of prompts of any lengths, several at once, each as it would be alone.
+
+    Args:
+        model: on the CPU. Its weights are copied.
+        weights: "fp32", "bf16" or "int8", as for `decoding.Decoder`.
+        batch: sequences that are decoded together, 1 to 64.
+    """
+
+    def __init__(self, model: GPT, *, weights: str = "fp32", batch: int = 1) -> None:
+        self.decoder = Decoder(model, weights=weights, batch=batch)
+        self.config = model.config
+        self.active = 0  # sequences in the last step
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        only: Sequence[tuple[int, int]] | None = None,
+    ) -> Iterator[Continuation]:
+        """Every continuation each time that it has grown by a token (or ended without one), until all have ended.
+
+        `samples` of each prompt, or `only` these (prompt, sample). Who sets `finished` ends a continuation.
+
+        A prompt takes a row when one is free and leaves it when it ends: no time goes into padding. Sample i draws
+        from a generator of its own, seeded by `sampling.seed` and i alone, so that a text depends neither on the
+        other prompts nor on the batch.
+
+        Raises:
+            ValueError: naming the prompt, what was expected and what came: at once, before the first token.
+            FloatingPointError: the model's logits are not numbers.
+        """
+        sampling.check(self.config.vocab_size)
+        if samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}")
+        most = self.decoder.max_length
+        for i, prompt in enumerate(prompts):
+            where = f"prompt {i}"
+            if len(prompt) < 1:
+                raise ValueError(f"{where}: expected at least one token, got none")
+            if len(prompt) + sampling.max_new_tokens > most:
+                raise ValueError(
+                    f"{where}: expected at most {most} tokens, the model's context, got {len(prompt)} and "
+                    f"max_new_tokens={sampling.max_new_tokens}"
+                )
+            check_ids(where, torch.tensor(prompt), self.config.vocab_size, torch.device("cpu"))
+        if only is None:
+            only = [(i, j) for i in range(len(prompts)) for j in range(samples)]
+        return self._run(prompts, sampling, only)
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, only: Sequence[tuple[int, int]]
+    ) -> Iterator[Continuation]:
+        waiting = deque(Continuation(i, j) for i, j in only)
+        free, active = (
+            list(range(self.decoder.batch))[::-1],
+            dict[int, tuple[Continuation, torch.Generator]](),
+        )
+        seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed
+        while waiting or active:
+            while waiting and free:
+                new, row = waiting.popleft(), free.pop()
+                self.decoder.reset(row)
+                # Far apart, so that no sample of one seed is one of the next.
+                generator = torch.Generator().manual_seed((seed + new.sample * 0x9E3779B97F4A7C15) % 2**63)
+                active[row] = new, generator
+                if sampling.max_new_tokens == 0:
+                    new.finished = "length"
+                    yield new
+                else:
+                    logits = self.decoder.fill(row, torch.tensor(prompts[new.prompt]))
+                    self.active = 1
+                    yield self._draw(logits, *active[row], sampling)
+                self._leave(active, free)
+            if not active:
+                continue
+            rows = sorted(active)
+            last = torch.tensor([active[row][0].tokens[-1] for row in rows])
+            logits = self.decoder.step(last, torch.tensor(rows))
+            self.active = len(rows)
+            for row, of_row in zip(rows, logits, strict=True):
+                yield self._draw(of_row[None], *active[row], sampling)
+            self._leave(active, free)
+
+    def _leave(self, active: dict[int, tuple[Continuation, torch.Generator]], free: list[int]) -> None:
+        for row in [row for row, (of, _) in active.items() if of.finished]:
+            del active[row]
+            free.append(row)
+
+    def _draw(
+        self, logits: Tensor, of: Continuation, generator: torch.Generator, sampling: Sampling
+    ) -> Continuation:
+        logits = without_padding(logits, self.config.pad_idx)
+        total = float(logits.logsumexp(dim=-1))
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"prompt {of.prompt}: expected finite logits after {len(of.tokens)} tokens, got {total}"
+            )
+        token = int(sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator))
+        of.tokens.append(token)
+        of.logprobs.append(float(logits[0, token]) - total)
+        if token == sampling.stop_token:
+            of.finished = "stop"
+        elif len(of.tokens) == sampling.max_new_tokens:
+            of.finished = "length"
+        return of
+
+
+@torch.no_grad()
+def perplexity(
+    model: GPT, tokens: Tensor, *, window: int | None = None, stride: int | None = None
+) -> tuple[float, int]:
+    """(perplexity, how many tokens were scored) of a text [T], T >= 2, by a sliding window.
+
+    Args:
+        tokens: int64 or int32 [T], on the model's device.
+        window: tokens that the model sees at once, at most its max_seq_length, which it is when None.
+        stride: how far the window moves; each token but the first is scored once, with at least window - stride
+            tokens before it (but at the text's beginning). Half the window when None.
+
+    The exponential of the mean negative log-probability in nats.
+    """
+    most = model.config.max_seq_length
+    window = most if window is None else window
+    if not 2 <= window <= most:
+        raise ValueError(f"window: expected 2 to max_seq_length={most}, got {window}")
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride < window:
+        raise ValueError(f"stride: expected 1 to window - 1 = {window - 1}, got {stride}")
+    check_ids("tokens", tokens, model.config.vocab_size, next(model.parameters()).device)
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens: expected shape [T] with T >= 2, got {tuple(tokens.shape)}")
+    if model.config.pad_idx is not None and bool((tokens == model.config.pad_idx).any()):
+        raise ValueError(f"tokens: expected none equal to pad_idx={model.config.pad_idx}: all are scored")
+    total, scored = 0.0, 1  # tokens before this one are done
+    with evaluating(model):
+        while scored < len(tokens):
+            end = min(max(scored + stride, window), len(tokens))
+            begin = max(end - window, 0)
+            seen = tokens[begin:end].long()
+            targets = seen[1:].clone()
+            targets[: scored - begin - 1] = -100  # done in the window before
+            loss = model(seen[None, :-1], targets[None])
+            total += float(loss) * (end - scored)
+            scored = end
+    return math.exp(total / (len(tokens) - 1)), len(tokens) - 1

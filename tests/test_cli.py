@@ -83,7 +83,7 @@ def test_generate_streams_the_prompt_and_the_same_text_for_a_seed(
             "--prompt",
             "thé ",
             "--max-new-tokens",
-            "30",
+            "12",
             "--seed",
             str(seed),
         ]
@@ -95,7 +95,47 @@ def test_generate_streams_the_prompt_and_the_same_text_for_a_seed(
     capsys.readouterr()
     assert cli.main([*args, "--max-new-tokens", "0"]) == 0
     assert capsys.readouterr().out == "thé \n"
-    assert len(outputs[0]) > 20
+    assert len(outputs[0]) > 8
+    for options in (["--backend", "reference"], ["--weights", "int8"]):
+        assert cli.main([*args, "--temperature", "0", *options]) == 0
+        assert capsys.readouterr().out.startswith("thé ")
+
+
+def test_a_file_of_prompts_is_continued_and_gone_on_with(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "fox"}\n')
+    args = ["generate", "--model", str(model), "--prompts", str(tmp_path / "in.jsonl")]
+    args += ["--out", str(tmp_path / "out.jsonl"), "--samples", "2", "--seed", "1"]
+    assert cli.main(args) == 0
+    assert "4 texts written" in (out := capsys.readouterr().out)
+    assert "of the memory's bandwidth" in out
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+    assert cli.main(args) == 0
+    assert "0 texts written" in capsys.readouterr().out
+    alone = fails(capsys, "generate", "--model", model, "--prompt", "a", "--out", tmp_path / "x")
+    assert "out: expected it with --prompts, and only there" in alone
+    assert "prompt: expected either --prompt or --prompts, got none" in fails(
+        capsys, "generate", "--model", model
+    )
+    many = fails(capsys, "generate", "--model", model, "--prompt", "a", "--samples", "2")
+    assert "samples: expected 1 with --prompt, got 2" in many
+
+
+def test_perplexity_and_what_weights_of_fewer_bits_cost(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["perplexity", "--model", str(model), "--text", str(text)]) == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+    assert cli.main(["quantize", "--model", str(model), "--report", "--text", str(text)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "fp32", "bf16", "int8"]
+    assert all("%" in line for line in lines[1:])
+    assert cli.main(["quantize", "--model", str(model)]) == 0
+    assert "%" not in capsys.readouterr().out
+    assert "window: expected 2 to" in fails(
+        capsys, "perplexity", "--model", model, "--text", text, "--window", 999
+    )
 
 
 def test_bytes_bf16_and_the_sinusoidal_positions(text: Path, tmp_path: Path) -> None:
@@ -183,12 +223,12 @@ def test_bad_checkpoint(
 
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(model / checkpoint.WEIGHTS)
-    shape = tuple(tensors["wte.weight"].shape)
+    tensors, name = load_file(model / checkpoint.WEIGHTS), "transformer.wte.weight"
+    shape = tuple(tensors[name].shape)
     if fault == "missing":
-        del tensors["wte.weight"]
+        del tensors[name]
     else:
-        tensors["wte.weight"] = torch.zeros(7, 16)
+        tensors[name] = torch.zeros(7, 16)
     (tmp_path / checkpoint.WEIGHTS).write_bytes(checkpoint.tensor_bytes(tensors))
     line = fails(capsys, "generate", "--model", tmp_path, "--prompt", "a")
     assert "wte.weight: expected " in line
@@ -387,9 +427,11 @@ def test_as_a_process(tmp_path: Path) -> None:
             capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, **settings},
         )  # fmt: skip
 
-    wrong = run("generate", "--model", "nowhere", "--prompt", "a")
-    line = "fastgpt: error: nowhere: expected a directory with a saved model, got none\n"
-    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", line)
+    wrong = run("generate", "--model", "nowhere/none", "--prompt", "a", HF_HUB_OFFLINE="1")
+    line = "fastgpt: error: nowhere/none: expected a directory with a saved model, got none"
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith(line)
+    assert wrong.stderr.count("\n") == 1
     setting = run("doctor", FASTGPT_BACKEND="nonsense")
     assert (setting.returncode, setting.stdout) == (2, "")
     assert setting.stderr.startswith("fastgpt: error: FASTGPT_BACKEND: expected one of cpu")

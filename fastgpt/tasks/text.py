@@ -1,0 +1,250 @@
+"""Continuing texts: one as a stream, or a file of prompts, and the perplexity of a text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.generate import Engine, Sampling, stream
+from fastgpt.models.gpt import GPT
+from fastgpt.train.data import read_text
+from fastgpt.train.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a character of several bytes looks like while it is under way
+
+
+class Text:
+    """The text of a growing continuation, up to the first of the stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), stop
+        self.before = len(tokenizer.decode(self.prompt))  # a token's text may depend on the one before it
+        self.shown, self.stopped = 0, False
+
+    def of(self, tokens: Sequence[int]) -> str:
+        text = self.tokenizer.decode([*self.prompt, *tokens])[self.before :]
+        ends = [at for at in (text.find(word) for word in self.stop) if at >= 0]
+        if ends:
+            self.stopped, text = True, text[: min(ends)]
+        return text
+
+    def more(self, tokens: Sequence[int], last: bool) -> str:
+        """What can be shown beyond what was: nothing that may yet turn out to be part of a stop string."""
+        text = self.of(tokens)
+        if not (last or self.stopped):
+            text = text.rstrip(REPLACEMENT)
+            held = max((len(word) - 1 for word in self.stop), default=0)
+            text = text[: max(len(text) - held, self.shown)]
+        new, self.shown = text[self.shown :], max(self.shown, len(text))
+        return new
+
+
+class Speed(NamedTuple):
+    """Of decoding: tokens in a second, and the share of the memory's bandwidth that reading the weights took."""
+
+    tokens: int
+    seconds: float
+    read: int  # bytes
+    bandwidth: float  # bytes a second, measured
+
+    def __str__(self) -> str:
+        rate, share = self.tokens / self.seconds, self.read / self.seconds / self.bandwidth
+        return (
+            f"{self.tokens} tokens in {self.seconds:.1f} s: {rate:.1f} tokens/s, {share:.2f} of the memory's "
+            f"bandwidth ({self.bandwidth / 1e9:.0f} GB/s read)"
+        )
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the CPU reads from memory: the best of three times through 256 MiB."""
+    data = torch.ones(2**26)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        data.amax()
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+class Timer:
+    """Adds up what an engine's decoding takes: tokens, time, and the bytes that its steps read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.read, self.started = 0, 0.0, time.perf_counter()
+
+    def add(self) -> None:
+        """One token more; a step reads the weights once for all the sequences in it."""
+        self.tokens += 1
+        self.read += self.engine.decoder.bytes_per_step / max(self.engine.active, 1)
+
+    def speed(self) -> Speed:
+        seconds = time.perf_counter() - self.started
+        return Speed(self.tokens, seconds, int(self.read), read_bandwidth())
+
+
+def encode(tokenizer: Tokenizer, prompt: str, where: str = "prompt") -> list[int]:
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(f"{where}: expected some text, got an empty prompt")
+    return ids
+
+
+def stream_text(
+    engine: Engine, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """What follows the prompt, piece by piece as it is made."""
+    ids = encode(tokenizer, prompt)
+    text = Text(tokenizer, ids, stop)
+    for grown in engine.run([ids], sampling):
+        tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
+        yield text.more(tokens, grown.finished is not None)
+        if text.stopped:
+            return
+
+
+def stream_uncached(
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """As `stream_text`, on any device and by any backend, the whole text through the model for each token."""
+    ids = encode(tokenizer, prompt)
+    text, tokens = Text(tokenizer, ids, stop), list[int]()
+    start = torch.tensor([ids], device=model.wte.weight.device)
+    for token in stream(model, start, **vars(sampling)):
+        tokens.append(int(token))
+        ended = tokens[-1] == sampling.stop_token
+        last = ended or len(tokens) == sampling.max_new_tokens
+        yield text.more(tokens[:-1] if ended else tokens, last)
+        if text.stopped:
+            return
+
+
+def continue_file(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    source: Path,
+    target: Path,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    stop: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[int, Speed | None]:
+    """Continue every prompt of a JSONL file into another; (how many texts were written, how fast).
+
+    A line of `source` is an object with a "prompt"; a line of `target` the same object with "line" (counted from 1),
+    "sample", "text", "tokens", "logprob" (of all tokens together, in nats) and "finished" ("stop", "length"). Lines
+    are written whole, as texts are done; a run that was cut short goes on where it ended.
+
+    Raises:
+        OSError, ValueError: naming the file and the line, before anything is made.
+    """
+    from tqdm import tqdm
+
+    lines = read_jsonl(source)
+    for number, line in lines:
+        if not isinstance(line.get("prompt"), str):
+            got = (
+                type(line["prompt"]).__name__
+                if "prompt" in line
+                else f"the fields {', '.join(line) or 'none'}"
+            )
+            raise ValueError(f'{source}:{number}: expected an object with a "prompt" of text, got {got}')
+    prompts = [encode(tokenizer, line["prompt"], f"{source}:{number}") for number, line in lines]
+    most = engine.decoder.max_length
+    for (number, _), ids in zip(lines, prompts, strict=True):
+        if len(ids) + sampling.max_new_tokens > most:
+            raise ValueError(
+                f"{source}:{number}: expected at most {most} tokens, the model's context, got {len(ids)} and "
+                f"max_new_tokens={sampling.max_new_tokens}"
+            )
+    done = _done(target, [number for number, _ in lines], samples)
+    wanted = [
+        (i, j) for i, (number, _) in enumerate(lines) for j in range(samples) if (number, j) not in done
+    ]
+    if not wanted:
+        return 0, None
+    timer, written = Timer(engine), 0
+    with open(target, "a", encoding="utf-8") as file, tqdm(total=len(wanted), disable=not progress) as bar:
+        texts = {key: Text(tokenizer, prompts[key[0]], stop) for key in wanted}
+        for grown in engine.run(prompts, sampling, samples=samples, only=wanted):
+            timer.add()
+            text = texts[grown.prompt, grown.sample]
+            tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
+            made = text.of(tokens) if stop or grown.finished else ""
+            if text.stopped:
+                grown.finished = "stop"
+            if grown.finished is None:
+                continue
+            number, line = lines[grown.prompt]
+            result = {
+                **line, "line": number, "sample": grown.sample, "text": made, "tokens": len(grown.tokens),
+                "logprob": round(sum(grown.logprobs), 6), "finished": grown.finished,
+            }  # fmt: skip
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            written += 1
+            bar.update()
+    return written, timer.speed()
+
+
+def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not empty."""
+    lines = []
+    with open(path, "rb") as file:
+        for number, data in enumerate(file, 1):
+            if not data.strip():
+                continue
+            try:
+                line = json.loads(data)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise ValueError(f"{path}:{number}: expected JSON, got {error}") from None
+            if not isinstance(line, dict):
+                raise ValueError(f"{path}:{number}: expected an object, got {type(line).__name__}")
+            lines.append((number, line))
+    if not lines:
+        raise ValueError(f"{path}: expected a line for each prompt, got none")
+    return lines
+
+
+def _done(target: Path, numbers: Sequence[int], samples: int) -> set[tuple[int, int]]:
+    """(line, sample) of the texts that `target` has already; a last line that was cut short is taken away."""
+    if not target.exists():
+        return set()
+    data = target.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(target, len(whole))
+    if not whole.strip():
+        return set()
+    done = set()
+    for number, made in read_jsonl(target):
+        line, sample = made.get("line"), made.get("sample")
+        if (
+            not isinstance(line, int)
+            or line not in numbers
+            or not isinstance(sample, int)
+            or "text" not in made
+        ):
+            raise ValueError(
+                f"{target}:{number}: expected a text made of these prompts, or no such file, got line {line}"
+            )
+        if sample < samples:
+            done.add((line, sample))
+    return done
+
+
+def text_tokens(tokenizer: Tokenizer, paths: Sequence[Path]) -> Tensor:
+    """The tokens of UTF-8 text files."""
+    return torch.tensor(tokenizer.encode(read_text(paths)))

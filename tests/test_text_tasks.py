@@ -1,0 +1,193 @@
+"""Texts from prompts: streams, stop strings, files that can be gone on with, and what weights of fewer bits cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decoding import model as decoding_model
+
+from fastgpt.generate import Continuation, Engine, Sampling
+from fastgpt.tasks import text
+from fastgpt.tasks.quantize import table
+from fastgpt.train.tokenizer import ByteTokenizer
+
+LINES = [{"prompt": "ab", "id": 7}, {"prompt": "c"}, {"prompt": "hello there"}, {"prompt": "é"}]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(decoding_model(vocab_size=256), batch=3)
+
+
+def jsonl(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def run(engine: Engine, source: Path, target: Path, **options: Any) -> tuple[int, text.Speed | None]:
+    sampling = Sampling(options.pop("max_new_tokens", 6), temperature=1.5, seed=3)
+    return text.continue_file(engine, ByteTokenizer(), source, target, sampling, progress=False, **options)
+
+
+def results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    made = {(line["line"], line["sample"]): line for line in lines}
+    assert len(made) == len(lines)
+    return made
+
+
+def test_every_prompt_of_a_file_has_its_texts(engine: Engine, tmp_path: Path) -> None:
+    source, target = jsonl(tmp_path / "in.jsonl", [LINES[0], "", *LINES[1:]]), tmp_path / "out.jsonl"
+    written, speed = run(engine, source, target, samples=2)
+    assert written == 8
+    assert speed is not None
+    assert speed.tokens == 48
+    assert "tokens/s" in str(speed)
+    made = results(target)
+    assert {line for line, _ in made} == {1, 3, 4, 5}
+    assert made[1, 0]["id"] == 7
+    assert made[1, 0]["prompt"] == "ab"
+    for (_, _), line in made.items():
+        assert line["tokens"] == 6
+        assert line["finished"] == "length"
+        assert line["logprob"] < 0
+    (alone,) = [c for c in engine.run([list(b"c")], Sampling(6, temperature=1.5, seed=3)) if c.finished]
+    assert made[3, 0]["text"] == bytes(alone.tokens).decode(errors="replace")
+
+
+def test_a_run_that_was_cut_short_goes_on(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = jsonl(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    run(engine, source, tmp_path / "whole.jsonl")
+    grow, steps = engine.run, 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal steps
+        for grown in grow(*args, **options):
+            steps += 1
+            if steps == 20:
+                raise KeyboardInterrupt
+            yield grown
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine, source, target)
+    assert 0 < len(results(target)) < 4  # what was written is whole
+    with open(target, "a") as file:
+        file.write('{"prompt": "cut')  # as a kill in the middle of a write leaves it
+    written, _ = run(engine, source, target)
+    assert written == 4 - (len(results(target)) - written)
+    assert results(target) == results(tmp_path / "whole.jsonl")
+    assert run(engine, source, target) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([LINES[0], "{"], r"in\.jsonl:2: expected JSON"),
+        (["[1]"], r"in\.jsonl:1: expected an object, got list"),
+        ([{"text": "a"}], r'in\.jsonl:1: expected an object with a "prompt" of text, got the fields text'),
+        ([{"prompt": 3}], r'in\.jsonl:1: expected an object with a "prompt" of text, got int'),
+        ([LINES[0], {"prompt": ""}], r"in\.jsonl:2: expected some text, got an empty prompt"),
+        ([{"prompt": "a" * 38}], r"in\.jsonl:1: expected at most 40 tokens, the model's context, got 38 and"),
+        ([], r"in\.jsonl: expected a line for each prompt, got none"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_written(
+    engine: Engine, tmp_path: Path, lines: list[Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(engine, jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_texts_of_other_prompts_are_not_added_to(engine: Engine, tmp_path: Path) -> None:
+    target = jsonl(tmp_path / "out.jsonl", [{"line": 9, "sample": 0, "text": "x"}])
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl:1: expected a text made of these prompts, .* got line 9"
+    ):
+        run(engine, jsonl(tmp_path / "in.jsonl", LINES), target)
+
+
+class Words:
+    """Token i is a letter, `a` to `z`."""
+
+    vocab_size = 26
+
+    def encode(self, words: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in words]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i + ord("a")) for i in ids)
+
+    def to_json(self) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [((), "abcdef"), (("cd",), "ab"), (("ef", "bcx"), "abcd"), (("a",), ""), (("fx",), "abcdef")],
+)
+def test_a_stop_string_ends_the_text_and_is_never_shown(stop: tuple[str, ...], expected: str) -> None:
+    growing, shown = text.Text(Words(), [3, 3], stop), ""
+    for n in range(1, 7):
+        shown += growing.more(list(range(n)), n == 6)
+        assert expected.startswith(shown)
+        if growing.stopped:
+            break
+    assert shown == expected
+    assert growing.stopped == (expected != "abcdef")
+
+
+def test_a_stop_string_ends_a_line_of_a_file(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def letters(prompts: Any, sampling: Any, **_: Any) -> Any:
+        made = Continuation(0, 0)
+        for letter in b"abcdef":
+            assert made.finished is None  # who found a stop string has ended it
+            made.tokens.append(letter)
+            made.logprobs.append(-1.0)
+            yield made
+            if made.finished:
+                return
+
+    monkeypatch.setattr(engine, "run", letters)
+    run(engine, jsonl(tmp_path / "in.jsonl", [{"prompt": "x"}]), tmp_path / "out.jsonl", stop=("cd",))
+    (line,) = results(tmp_path / "out.jsonl").values()
+    assert (line["text"], line["finished"], line["tokens"]) == ("ab", "stop", 4)
+
+
+def test_a_stream_shows_no_half_characters(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accents(prompts: Any, sampling: Any, **_: Any) -> Any:
+        made = Continuation(0, 0)
+        for byte in "aé漢".encode():
+            made.tokens.append(byte)
+            yield made
+
+    monkeypatch.setattr(engine, "run", accents)
+    assert list(text.stream_text(engine, ByteTokenizer(), "x", Sampling(6))) == ["a", "", "é", "", "", "漢"]
+    with pytest.raises(ValueError, match="prompt: expected some text"):
+        next(text.stream_text(engine, ByteTokenizer(), "", Sampling(6)))
+
+
+def test_the_report_on_weights(tmp_path: Path) -> None:
+    made = decoding_model(vocab_size=256)
+    (tmp_path / "text").write_text("Some words to look at, more than the context of forty tokens. " * 3)
+    lines = [line.split() for line in table(made, ByteTokenizer(), [tmp_path / "text"]).splitlines()]
+    assert [line[0] for line in lines] == ["weights", "fp32", "bf16", "int8"]
+    sizes = [float(line[1]) for line in lines[1:]]
+    assert sizes[0] == pytest.approx(sum(p.numel() for p in made.parameters()) * 4e-6, abs=0.1)
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert lines[1][3] == "+0.00%"
+    assert float(lines[3][2]) == pytest.approx(float(lines[1][2]), rel=0.2)
+    assert len(table(made, ByteTokenizer(), None).splitlines()[0].split()) == 2
+    assert torch.equal(
+        made.wte.weight, decoding_model(vocab_size=256).wte.weight
+    )  # the model itself is as it was
