@@ -195,5 +195,7 @@ def test_small_products_and_few_columns_are_the_library_s(monkeypatch: pytest.Mo
         assert gemm.faster(torch.bfloat16, 2048, 768, 768) == (level == "avx512_bf16")
         assert not gemm.faster(torch.float32, 64, 64, 64)
         assert not gemm.faster(torch.float32, 4096, 128, 4096)
+        assert not gemm.faster(torch.float32, 4096, 4096, 4)
+        assert not gemm.faster(torch.bfloat16, 4096, 4096, 64)
     monkeypatch.setattr(gemm, "_AMD", False)
     assert not gemm.faster(torch.float32, 2048, 768, 768)

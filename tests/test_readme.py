@@ -15,8 +15,11 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_blocks_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In order, in one namespace, as someone would paste them."""
+    monkeypatch.chdir(tmp_path)  # what they write
     assert len(BLOCKS) >= 3
     names: dict[str, object] = {
         "vocab_size": 100, "embedding_dim": 32, "num_heads": 2, "num_layers": 1, "max_seq_length": 16, "pad_idx": 0
