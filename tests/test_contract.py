@@ -34,8 +34,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fastgpt.ops": ("fastgpt.ops", "fastgpt._core", "fastgpt.reference"),
     "fastgpt.nn": ("fastgpt.ops", "fastgpt._core.dispatch", "fastgpt._core.validate"),
     "fastgpt.models": _MODEL,
-    "fastgpt.generate": (*_MODEL, "fastgpt._core"),
+    "fastgpt.decoding": (*_MODEL, "fastgpt_kernels.cpu.decode"),
+    "fastgpt.generate": (*_MODEL, "fastgpt._core", "fastgpt.decoding"),
     "fastgpt.train": (*_MODEL, "fastgpt._core", "fastgpt.train", "fastgpt.generate"),
+    "fastgpt.tasks": (*_MODEL, "fastgpt.decoding", "fastgpt.generate", "fastgpt.train", "fastgpt.tasks"),
     "fastgpt.testing": (
         "fastgpt.testing",
         "fastgpt.ops",
@@ -85,11 +87,12 @@ def test_nothing_imports_upward(path: Path) -> None:
 def test_the_engine_needs_torch_alone(path: Path) -> None:
     """References, kernels, core, ops, nn, models and the harness: the standard library and torch."""
     module = module_name(path)
-    if any(
-        inside(module, top) for top in ("fastgpt.cli", "fastgpt.__main__", "fastgpt.demo", "fastgpt.train")
-    ):
+    above = ("fastgpt.cli", "fastgpt.__main__", "fastgpt.demo", "fastgpt.train", "fastgpt.tasks")
+    if any(inside(module, top) for top in above):
         return
-    extras = {"safetensors"} if inside(module, "fastgpt.models") else set()
+    # Of the files of models, and imported where they are read or written.
+    files = {"safetensors", "huggingface_hub", "gensim"}
+    extras = files if inside(module, "fastgpt.models") else set()
     if inside(module, "fastgpt_kernels.triton"):  # imported where there is a GPU, or to be proven
         extras = {"triton", "numpy"} if module.endswith(".interpreter") else {"triton"}
     for name in imports(path):
