@@ -269,5 +269,5 @@ def test_ten_training_steps_give_the_same_losses(tmp_path: Path) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[-1].append(float(loss))
+            losses[-1].append(float(loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=2e-6)
