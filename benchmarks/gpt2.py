@@ -201,7 +201,8 @@ def _hugging_face_decoders(tokens: Tensor) -> dict[str, Step]:
 
     steps: dict[str, Step] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        module = GPT2LMHeadModel(GPT2Config()).to(dtype).eval()
+        module: Any = GPT2LMHeadModel(GPT2Config())
+        module = module.to(dtype).eval()
         cache = DynamicCache()
         with torch.no_grad():
             module(input_ids=tokens, past_key_values=cache, use_cache=True)

@@ -157,7 +157,7 @@ def generate(
         prompt: The text to continue.
         prompts: A JSONL file instead: on each line an object with a "prompt".
         out: Where its continuations go, as JSONL; a run that was cut short goes on where it ended.
-        max_new_tokens: Tokens to add; without it 200, or as many as the context has room for.
+        max_new_tokens: Tokens to add; without it 200, or as many as there is room for after the longest prompt.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_k: Draw from the k likeliest tokens only.
         top_p: Draw from the likeliest tokens that make up this probability together.
@@ -182,9 +182,9 @@ def generate(
     if prompt is not None and samples != 1:
         raise ValueError(f"samples: expected 1 with --prompt, got {samples}")
     where, backends = _device(device), _backends(backend)
-    decoder = where == "cpu" and backends is None
+    decoder = where == "cpu" and backends is None and not os.environ.get("FASTGPT_BACKEND")
     if prompts is not None and not decoder:
-        raise ValueError("prompts: expected --device cpu and no --backend with them")
+        raise ValueError("prompts: expected --device cpu, and no --backend or FASTGPT_BACKEND, with them")
     gpt, tokenizer = checkpoint.load(model, backend=backends)
     context = gpt.config.max_seq_length
     if max_new_tokens is None:
@@ -265,6 +265,8 @@ def quantize(model: str, text: tuple[Path, ...] = (), report: bool = False) -> i
     from fastgpt.tasks.quantize import table
     from fastgpt.train import checkpoint
 
+    if text and not report:
+        raise ValueError("text: expected it with --report, and only there")
     gpt, tokenizer = checkpoint.load(model)
     print(table(gpt, tokenizer, text if report else None))
     return 0
@@ -334,8 +336,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="fastgpt", description="GPT models on fused kernels.", args=args
         )
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     except (
         BrokenPipeError

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt._core.dispatch import BackendError
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import ACTIVATIONS
 
@@ -32,11 +33,11 @@ class Decoder:
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the C++ kernels are not there; the reason.
+        BackendError: the C++ kernels are not there; the reason.
 
-    A sequence's logits are bitwise the same whatever sequences are decoded beside it, and however many threads there
-    are. Where one token of one sequence is decoded, every weight is needed for two operations: the time is that of
-    reading them (Williams, Waterman, Patterson, "Roofline", 2009).
+    What `step` gives for a sequence is bitwise the same whatever sequences are decoded beside it, and however many
+    threads there are. Where one token of one sequence is decoded, every weight is needed for two operations: the time
+    is that of reading them (Williams, Waterman, Patterson, "Roofline", 2009).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Decoder:
         try:
             from fastgpt_kernels.cpu import decode
         except ImportError as error:
-            raise RuntimeError(f"Decoder: the cpu kernels cannot be used: {error}") from error
+            raise BackendError(f"Decoder: the cpu kernels cannot be used: {error}") from error
         self._decode = decode
         self.config, self.batch, self.max_length = config, batch, length
         self.weights = _pack(decode, model, WEIGHTS[weights])

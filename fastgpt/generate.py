@@ -50,6 +50,8 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.stop_token is not None and not 0 <= self.stop_token < vocab_size:
             raise ValueError(f"stop_token: expected an id in [0, {vocab_size}), got {self.stop_token}")
+        if not isinstance(self.max_new_tokens, int):
+            raise TypeError(f"max_new_tokens: expected an int, got {self.max_new_tokens!r}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {self.seed}")
 
@@ -115,6 +117,8 @@ def _stream(
     for _ in range(sampling.max_new_tokens):
         tokens = tokens[:, -model.config.max_seq_length :]
         logits = _last_logits(model, tokens)
+        if not bool(logits.logsumexp(dim=-1).isfinite().all()):
+            raise FloatingPointError("logits: expected finite ones, got NaN or infinity")
         token = sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
         if stop is not None:
             token = torch.where(done, stop, token)
@@ -151,6 +155,7 @@ def sample(
     logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them overflow to +inf
     fp32 = torch.finfo(torch.float32)
     scores = logits / min(max(temperature, fp32.tiny), fp32.max)
+    top_p = None if top_p == 1 else top_p  # all, but for rounding
     if top_k is None and top_p is None:
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)[:, 0]
     p, ids = _likeliest(scores, top_k, top_p)
@@ -168,7 +173,7 @@ def _likeliest(scores: Tensor, top_k: int | None, top_p: float | None) -> tuple[
         # Sorting tens of thousands of tokens would take a third of the time of a step.
         kept, ids = scores.topk(min(_HEAD, vocab_size), dim=-1)
         p = (kept - scores.logsumexp(dim=-1, keepdim=True)).exp()
-        if top_p is not None and bool((p.sum(dim=-1) < top_p).any()):
+        if top_p is not None and ids.shape[-1] < vocab_size and bool((p.sum(dim=-1) < top_p).any()):
             kept, ids = scores.sort(dim=-1, descending=True)
             p = kept.softmax(dim=-1)
     if top_p is not None:
@@ -191,6 +196,9 @@ class Continuation:
     finished: str | None = None  # "stop" or "length"
 
 
+_Active = dict[int, tuple[Continuation, torch.Generator]]  # by row
+
+
 class Engine:
     """Continuations of prompts of any lengths, several at once, each as it would be alone.
 
@@ -204,6 +212,7 @@ class Engine:
         self.decoder = Decoder(model, weights=weights, batch=batch)
         self.config = model.config
         self.active = 0  # sequences in the last step
+        self._runs = 0
 
     def run(
         self,
@@ -224,6 +233,7 @@ class Engine:
         Raises:
             ValueError: naming the prompt, what was expected and what came: at once, before the first token.
             FloatingPointError: the model's logits are not numbers.
+            RuntimeError: another run has begun meanwhile; they would share rows.
         """
         sampling.check(self.config.vocab_size)
         if samples < 1:
@@ -239,6 +249,12 @@ class Engine:
                     f"max_new_tokens={sampling.max_new_tokens}"
                 )
             check_ids(where, torch.tensor(prompt), self.config.vocab_size, torch.device("cpu"))
+            if self.config.pad_idx in prompt:
+                raise ValueError(f"{where}: expected none equal to pad_idx={self.config.pad_idx}")
+        if sampling.stop_token is not None and sampling.stop_token == self.config.pad_idx:
+            raise ValueError(
+                f"stop_token: expected another than pad_idx={self.config.pad_idx}, which is never drawn"
+            )
         if only is None:
             only = [(i, j) for i in range(len(prompts)) for j in range(samples)]
         return self._run(prompts, sampling, only)
@@ -247,17 +263,17 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, only: Sequence[tuple[int, int]]
     ) -> Iterator[Continuation]:
         waiting = deque(Continuation(i, j) for i, j in only)
-        free, active = (
-            list(range(self.decoder.batch))[::-1],
-            dict[int, tuple[Continuation, torch.Generator]](),
-        )
+        free, active = list(range(self.decoder.batch))[::-1], _Active()
         seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed
+        self._runs += 1
+        this = self._runs
         while waiting or active:
             while waiting and free:
                 new, row = waiting.popleft(), free.pop()
                 self.decoder.reset(row)
-                # Far apart, so that no sample of one seed is one of the next.
-                generator = torch.Generator().manual_seed((seed + new.sample * 0x9E3779B97F4A7C15) % 2**63)
+                # Far apart, so that no sample of one seed is one of the next. Without a seed, prompts differ, too.
+                apart = new.sample + (new.prompt << 20 if sampling.seed is None else 0)
+                generator = torch.Generator().manual_seed((seed + apart * 0x9E3779B97F4A7C15) % 2**63)
                 active[row] = new, generator
                 if sampling.max_new_tokens == 0:
                     new.finished = "length"
@@ -266,7 +282,7 @@ class Engine:
                     logits = self.decoder.fill(row, torch.tensor(prompts[new.prompt]))
                     self.active = 1
                     yield self._draw(logits, *active[row], sampling)
-                self._leave(active, free)
+                self._leave(this, active, free)
             if not active:
                 continue
             rows = sorted(active)
@@ -275,12 +291,16 @@ class Engine:
             self.active = len(rows)
             for row, of_row in zip(rows, logits, strict=True):
                 yield self._draw(of_row[None], *active[row], sampling)
-            self._leave(active, free)
+            self._leave(this, active, free)
 
-    def _leave(self, active: dict[int, tuple[Continuation, torch.Generator]], free: list[int]) -> None:
+    def _leave(self, run: int, active: _Active, free: list[int]) -> None:
+        """After each yield: what has ended leaves its row."""
+        if self._runs != run:
+            raise RuntimeError("Engine.run: expected one run at a time, got another before this one ended")
         for row in [row for row, (of, _) in active.items() if of.finished]:
             del active[row]
             free.append(row)
+            self.decoder.reset(row)
 
     def _draw(
         self, logits: Tensor, of: Continuation, generator: torch.Generator, sampling: Sampling
@@ -335,7 +355,10 @@ def perplexity(
             seen = tokens[begin:end].long()
             targets = seen[1:].clone()
             targets[: scored - begin - 1] = -100  # done in the window before
-            loss = model(seen[None, :-1], targets[None])
-            total += float(loss) * (end - scored)
+            loss = float(model(seen[None, :-1], targets[None]))
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss: expected a finite one up to token {end}, got {loss}")
+            total += loss * (end - scored)
             scored = end
-    return math.exp(total / (len(tokens) - 1)), len(tokens) - 1
+    mean = total / (len(tokens) - 1)
+    return math.exp(mean) if mean < 709 else math.inf, len(tokens) - 1

@@ -10,7 +10,7 @@ import torch
 from test_decoding import model as decoding_model
 
 from fastgpt.decoding import Decoder
-from fastgpt.generate import Continuation, Engine, Sampling, perplexity
+from fastgpt.generate import Continuation, Engine, Sampling, _likeliest, generate, perplexity
 from fastgpt.models.gpt import GPT
 from fastgpt.testing.memory import same_bits
 
@@ -157,12 +157,53 @@ def test_what_is_wrong_is_said_at_once(
         Engine(model()).run([[1]], Sampling(4), samples=0)
 
 
+def test_runs_do_not_share_rows() -> None:
+    engine = Engine(model())
+    first = engine.run([[1]], Sampling(4, seed=0))
+    next(first)
+    list(engine.run([[2]], Sampling(4, seed=0)))
+    with pytest.raises(RuntimeError, match="expected one run at a time"):
+        next(first)
+
+
+def test_padding_is_no_prompt_and_ends_no_text() -> None:
+    engine = Engine(model(pad_idx=0))
+    with pytest.raises(ValueError, match="prompt 1: expected none equal to pad_idx=0"):
+        engine.run([[1], [2, 0]], Sampling(4))
+    with pytest.raises(ValueError, match="stop_token: expected another than pad_idx=0"):
+        engine.run([[1]], Sampling(4, stop_token=0))
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.3), (None, 0.95), (2000, 0.9), (50, None)])
+def test_the_likeliest_are_those_of_the_whole_vocabulary(
+    top_k: int | None, top_p: float | None, spread: float
+) -> None:
+    """Flat, where the likeliest 1024 do not hold enough, and peaked, where a few do."""
+    scores = torch.randn(3, 5000) * spread
+    p, ids = _likeliest(scores, top_k, top_p)
+    kept, order = scores.sort(dim=-1, descending=True)
+    kept[:, top_k or 5000 :] = -torch.inf
+    whole = kept.softmax(-1)
+    if top_p is not None:
+        whole = whole.masked_fill(whole.double().cumsum(-1) - whole >= top_p, 0.0)
+    for row in range(3):
+        got, expected = ({*i[q > 0].tolist()} for i, q in ((ids[row], p[row]), (order[row], whole[row])))
+        assert len(got ^ expected) <= 1  # the one at the edge, by rounding
+        both = torch.zeros(5000).index_put((ids[row],), p[row] / p[row].sum())
+        torch.testing.assert_close(both[order[row]], whole[row] / whole[row].sum(), rtol=1e-3, atol=1e-4)
+
+
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     made = model()
     with torch.no_grad():
         made.ln_f.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match="prompt 0: expected finite logits after 0 tokens, got nan"):
         list(Engine(made).run([[1]], Sampling(3)))
+    with pytest.raises(FloatingPointError, match="logits: expected finite ones"):
+        generate(made, torch.tensor([[1]]), max_new_tokens=2, temperature=0)
+    with pytest.raises(FloatingPointError, match="loss: expected a finite one"):
+        perplexity(made, torch.tensor([1, 2, 3]))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (10, 3), (10, 9), (2, 1), (40, 7)])

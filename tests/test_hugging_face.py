@@ -81,6 +81,26 @@ def test_the_hub_s_first_layout_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(model(tokens).double(), gpt2_logits(tensors, tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "pad_idx", "eos_idx"),
+    [
+        ({"eos_token_id": 50256}, None, None),  # GPT-2's, in a model of fewer tokens
+        ({"pad_token_id": 96}, None, 96),  # a batch is filled up with what ends a text
+        ({"pad_token_id": 5}, 5, 96),
+        ({"pad_token_id": -1, "eos_token_id": [7, 8]}, None, 7),
+        ({"n_head": None, "num_attention_heads": 4, "eos_token_id": None}, None, None),
+    ],
+)
+def test_special_tokens_and_other_names(
+    tmp_path: Path, changes: dict[str, Any], pad_idx: int | None, eos_idx: int | None
+) -> None:
+    values = {name: value for name, value in config_json(**changes).items() if name != "n_head" or value}
+    directory = write(tmp_path, hub_tensors())
+    (directory / checkpoint.CONFIG).write_text(json.dumps(values))
+    config = GPT.from_pretrained(directory).config
+    assert (config.pad_idx, config.eos_idx, config.num_heads) == (pad_idx, eos_idx, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bitwise(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
@@ -207,8 +227,8 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path: Path, 
     assert theirs.state_dict().keys() == again.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    for name in (*SIZES, "n_inner", "activation_function", "tie_word_embeddings", "eos_token_id"):
-        assert getattr(again.config, name) == getattr(theirs.config, name) or name == "n_inner", name
+    for name in (*SIZES, "activation_function", "tie_word_embeddings", "eos_token_id"):
+        assert getattr(again.config, name) == getattr(theirs.config, name), name
 
 
 @needs_transformers

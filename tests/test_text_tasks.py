@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from fastgpt_kernels.cpu.decode import quantized
 from test_decoding import model as decoding_model
 
-from fastgpt.generate import Continuation, Engine, Sampling
+from fastgpt.generate import Continuation, Engine, Sampling, perplexity
 from fastgpt.tasks import text
 from fastgpt.tasks.quantize import table
 from fastgpt.train.tokenizer import ByteTokenizer
@@ -76,13 +77,16 @@ def test_a_run_that_was_cut_short_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(engine, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(
+            KeyboardInterrupt, match=r"\d of 4 texts written to .*out\.jsonl; the same command"
+        ):
             run(engine, source, target)
-    assert 0 < len(results(target)) < 4  # what was written is whole
+    before = len(results(target))
+    assert 0 < before < 4  # what was written is whole
     with open(target, "a") as file:
         file.write('{"prompt": "cut')  # as a kill in the middle of a write leaves it
     written, _ = run(engine, source, target)
-    assert written == 4 - (len(results(target)) - written)
+    assert written == 4 - before
     assert results(target) == results(tmp_path / "whole.jsonl")
     assert run(engine, source, target) == (0, None)
 
@@ -107,12 +111,41 @@ def test_a_bad_line_is_named_before_anything_is_written(
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_texts_of_other_prompts_are_not_added_to(engine: Engine, tmp_path: Path) -> None:
-    target = jsonl(tmp_path / "out.jsonl", [{"line": 9, "sample": 0, "text": "x"}])
-    with pytest.raises(
-        ValueError, match=r"out\.jsonl:1: expected a text made of these prompts, .* got line 9"
-    ):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"line": 9, "sample": 0, "text": "x"}\n',
+            r"out\.jsonl:1: expected a text made of these prompts, .* line 9",
+        ),
+        (
+            '{"line": 2, "sample": 0, "text": "x", "prompt": "ab"}\n',
+            r"out\.jsonl:1: expected a text made of these",
+        ),
+        ("notes without an end", r"out\.jsonl: expected texts made of these prompts, or no such file"),
+        ("a list\nof things\nto do", r"out\.jsonl:1: expected JSON"),
+    ],
+)
+def test_another_file_is_left_as_it_was(engine: Engine, tmp_path: Path, content: str, message: str) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text(content)
+    with pytest.raises(ValueError, match=message):
         run(engine, jsonl(tmp_path / "in.jsonl", LINES), target)
+    assert target.read_text() == content
+
+
+def test_prompts_are_never_written_over(engine: Engine, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    with pytest.raises(ValueError, match="expected another file than that of the prompts"):
+        run(engine, source, source)
+    assert source.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
+    jsonl(source, [{"prompt": "a", "text": "mine"}])
+    with pytest.raises(ValueError, match=r"in\.jsonl:1: expected no field called text, which the result has"):
+        run(engine, source, tmp_path / "out.jsonl")
+    jsonl(source, [r'{"prompt": "a", "id": "\ud800"}'])
+    assert run(engine, source, tmp_path / "out.jsonl")[0] == 1
+    assert results(tmp_path / "out.jsonl")[1, 0]["id"] == "\ud800"
 
 
 class Words:
@@ -186,7 +219,17 @@ def test_the_report_on_weights(tmp_path: Path) -> None:
     assert sizes[0] == pytest.approx(sum(p.numel() for p in made.parameters()) * 4e-6, abs=0.1)
     assert sizes[0] > sizes[1] > sizes[2]
     assert lines[1][3] == "+0.00%"
-    assert float(lines[3][2]) == pytest.approx(float(lines[1][2]), rel=0.2)
+    for line, dtype in zip(lines[2:], (torch.bfloat16, torch.int8), strict=True):
+        by_hand = decoding_model(vocab_size=256)
+        with torch.no_grad():
+            for name, parameter in by_hand.named_parameters():
+                if parameter.dim() == 2 and "wpe" not in name:
+                    packed = quantized(parameter, dtype)
+                    scale = 1.0 if packed.scale is None else packed.scale[:, None]
+                    parameter.copy_(packed.weight.float() * scale)
+        tokens = torch.tensor(ByteTokenizer().encode((tmp_path / "text").read_text()))
+        assert float(line[2]) == pytest.approx(perplexity(by_hand, tokens)[0], rel=1e-5)
+        assert line[2] != lines[1][2]
     assert len(table(made, ByteTokenizer(), None).splitlines()[0].split()) == 2
     assert torch.equal(
         made.wte.weight, decoding_model(vocab_size=256).wte.weight

@@ -44,6 +44,15 @@ def test_bpe_covers_every_text_and_is_deterministic(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).encode(TEXT) == a.encode(TEXT)
 
 
+def test_a_tokenizer_neither_cuts_nor_fills_up(tmp_path: Path) -> None:
+    trained = BPETokenizer.train(TEXT, 300)
+    expected = trained.encode(TEXT)
+    trained.tokenizer.enable_truncation(5)
+    trained.tokenizer.enable_padding(length=10_000)
+    (tmp_path / "tokenizer.json").write_bytes(trained.to_json())
+    assert load_tokenizer(str(tmp_path)).encode(TEXT) == expected
+
+
 def test_vocab_and_merges_suffice(tmp_path: Path) -> None:
     trained = BPETokenizer.train(TEXT, 300)
     model = json.loads(trained.to_json())["model"]

@@ -27,6 +27,13 @@ _FIELDS = {
     "pad_idx": ("pad_token_id", None),
     "eos_idx": ("eos_token_id", 50256),
 }
+# transformers' other names for some of them.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -49,6 +56,9 @@ _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, i
 def config_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
     """The fields of a GPTConfig from those of `values`, a config.json.
 
+    Our GPT hides its padding from attention, where transformers' is told what to hide; a padding that is also what
+    ends a text is none to us.
+
     Raises:
         ValueError: another architecture, or an option that our GPT does not have.
     """
@@ -62,7 +72,20 @@ def config_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source}: activation_function: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
         )
-    fields = {ours: values.get(theirs, default) for ours, (theirs, default) in _FIELDS.items()}
+    known = {_ALIASES.get(name, name): value for name, value in values.items()} | values
+    fields = {ours: known.get(theirs, default) for ours, (theirs, default) in _FIELDS.items()}
+    eos, pad = fields["eos_idx"], fields["pad_idx"]
+    if isinstance(eos, list):
+        eos = eos[0] if eos else None
+    for name, idx in (("eos_idx", eos), ("pad_idx", pad)):  # outside the vocabulary it is never met
+        there = (
+            not isinstance(idx, int)
+            or not isinstance(fields["vocab_size"], int)
+            or 0 <= idx < fields["vocab_size"]
+        )
+        fields[name] = idx if there else None
+    if fields["pad_idx"] == fields["eos_idx"]:  # batches are filled up with what ends a text: it is one, too
+        fields["pad_idx"] = None
     return {**fields, "activation": _ACTIVATIONS[activation]}
 
 

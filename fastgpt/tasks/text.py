@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from fastgpt.models.gpt import GPT
 from fastgpt.train.data import read_text
 from fastgpt.train.tokenizer import Tokenizer
 
+_RESULT = ("line", "sample", "text", "tokens", "logprob", "finished")  # fields of a line of results
 REPLACEMENT = "\ufffd"  # what a character of several bytes looks like while it is under way
 
 
@@ -25,6 +26,8 @@ class Text:
     """The text of a growing continuation, up to the first of the stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise ValueError("stop: expected texts, got an empty one")
         self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), stop
         self.before = len(tokenizer.decode(self.prompt))  # a token's text may depend on the one before it
         self.shown, self.stopped = 0, False
@@ -145,7 +148,8 @@ def continue_file(
 
     A line of `source` is an object with a "prompt"; a line of `target` the same object with "line" (counted from 1),
     "sample", "text", "tokens", "logprob" (of all tokens together, in nats) and "finished" ("stop", "length"). Lines
-    are written whole, as texts are done; a run that was cut short goes on where it ended.
+    are written whole, as texts are done; a run that was cut short goes on where it ended, if it is called with the
+    same model and options.
 
     Raises:
         OSError, ValueError: naming the file and the line, before anything is made.
@@ -161,88 +165,107 @@ def continue_file(
                 else f"the fields {', '.join(line) or 'none'}"
             )
             raise ValueError(f'{source}:{number}: expected an object with a "prompt" of text, got {got}')
+        taken = [name for name in _RESULT if name in line]
+        if taken:
+            raise ValueError(f"{source}:{number}: expected no field called {taken[0]}, which the result has")
+    if target.exists() and os.path.samefile(source, target):
+        raise ValueError(f"{target}: expected another file than that of the prompts")
     prompts = [encode(tokenizer, line["prompt"], f"{source}:{number}") for number, line in lines]
-    most = engine.decoder.max_length
+    most, pad = engine.decoder.max_length, engine.config.pad_idx
     for (number, _), ids in zip(lines, prompts, strict=True):
+        if pad in ids:
+            raise ValueError(f"{source}:{number}: expected no padding (token {pad}) in a prompt")
         if len(ids) + sampling.max_new_tokens > most:
             raise ValueError(
                 f"{source}:{number}: expected at most {most} tokens, the model's context, got {len(ids)} and "
                 f"max_new_tokens={sampling.max_new_tokens}"
             )
-    done = _done(target, [number for number, _ in lines], samples)
+    done, whole = _done(target, {number: line["prompt"] for number, line in lines}, samples)
     wanted = [
         (i, j) for i, (number, _) in enumerate(lines) for j in range(samples) if (number, j) not in done
     ]
     if not wanted:
         return 0, None
+    if target.exists():
+        os.truncate(target, whole)
     timer, written = Timer(engine), 0
-    with open(target, "a", encoding="utf-8") as file, tqdm(total=len(wanted), disable=not progress) as bar:
+    # What UTF-8 has no bytes for becomes JSON's own escape.
+    with (
+        open(target, "a", encoding="utf-8", errors="backslashreplace") as file,
+        tqdm(total=len(wanted), disable=not progress) as bar,
+    ):
         texts = {key: Text(tokenizer, prompts[key[0]], stop) for key in wanted}
-        for grown in engine.run(prompts, sampling, samples=samples, only=wanted):
-            timer.add()
-            text = texts[grown.prompt, grown.sample]
-            tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
-            made = text.of(tokens) if stop or grown.finished else ""
-            if text.stopped:
-                grown.finished = "stop"
-            if grown.finished is None:
-                continue
-            number, line = lines[grown.prompt]
-            result = {
-                **line, "line": number, "sample": grown.sample, "text": made, "tokens": len(grown.tokens),
-                "logprob": round(sum(grown.logprobs), 6), "finished": grown.finished,
-            }  # fmt: skip
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            file.flush()
-            written += 1
-            bar.update()
+        try:
+            for grown in engine.run(prompts, sampling, samples=samples, only=wanted):
+                timer.add()
+                text = texts[grown.prompt, grown.sample]
+                tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
+                made = text.of(tokens) if stop or grown.finished else ""
+                if text.stopped:
+                    grown.finished = "stop"
+                if grown.finished is None:
+                    continue
+                number, line = lines[grown.prompt]
+                result = {
+                    "line": number, "sample": grown.sample, "text": made, "tokens": len(grown.tokens),
+                    "logprob": round(sum(grown.logprobs), 6), "finished": grown.finished,
+                }  # fmt: skip
+                file.write(json.dumps({**line, **result}, ensure_ascii=False) + "\n")
+                file.flush()
+                written += 1
+                bar.update()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{written} of {len(wanted)} texts written to {target}; the same command makes the rest"
+            ) from None
     return written, timer.speed()
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line that is not empty."""
-    lines = []
     with open(path, "rb") as file:
-        for number, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            try:
-                line = json.loads(data)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise ValueError(f"{path}:{number}: expected JSON, got {error}") from None
-            if not isinstance(line, dict):
-                raise ValueError(f"{path}:{number}: expected an object, got {type(line).__name__}")
-            lines.append((number, line))
+        lines = _parsed(path, file)
     if not lines:
         raise ValueError(f"{path}: expected a line for each prompt, got none")
     return lines
 
 
-def _done(target: Path, numbers: Sequence[int], samples: int) -> set[tuple[int, int]]:
-    """(line, sample) of the texts that `target` has already; a last line that was cut short is taken away."""
-    if not target.exists():
-        return set()
-    data = target.read_bytes()
+def _parsed(path: Path, lines: Iterable[bytes]) -> list[tuple[int, dict[str, Any]]]:
+    parsed = []
+    for number, data in enumerate(lines, 1):
+        if not data.strip():
+            continue
+        try:
+            line = json.loads(data)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            raise ValueError(f"{path}:{number}: expected JSON, got {error}") from None
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}:{number}: expected an object, got {type(line).__name__}")
+        parsed.append((number, line))
+    return parsed
+
+
+def _done(target: Path, prompts: dict[int, str], samples: int) -> tuple[set[tuple[int, int]], int]:
+    """((line, sample) of the texts that `target` has already, and how many of its bytes are whole lines)."""
+    data = target.read_bytes() if target.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(target, len(whole))
-    if not whole.strip():
-        return set()
     done = set()
-    for number, made in read_jsonl(target):
-        line, sample = made.get("line"), made.get("sample")
-        if (
-            not isinstance(line, int)
-            or line not in numbers
-            or not isinstance(sample, int)
-            or "text" not in made
-        ):
-            raise ValueError(
-                f"{target}:{number}: expected a text made of these prompts, or no such file, got line {line}"
-            )
-        if sample < samples:
-            done.add((line, sample))
-    return done
+    if whole.strip():
+        for number, made in _parsed(target, whole.splitlines(keepends=True)):
+            line, sample = made.get("line"), made.get("sample")
+            if (
+                not (isinstance(line, int) and isinstance(sample, int) and "text" in made)
+                or line not in prompts
+                or made.get("prompt") != prompts[line]
+            ):
+                raise ValueError(
+                    f"{target}:{number}: expected a text made of these prompts, or no such file, got line {line}"
+                )
+            if sample < samples:
+                done.add((line, sample))
+    elif data and not data.lstrip().startswith(b"{"):  # no line that was cut short
+        raise ValueError(f"{target}: expected texts made of these prompts, or no such file, got another file")
+    return done, len(whole)
 
 
 def text_tokens(tokenizer: Tokenizer, paths: Sequence[Path]) -> Tensor:

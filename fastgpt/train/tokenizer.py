@@ -41,6 +41,8 @@ class BPETokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        tokenizer.no_truncation()  # its file may ask for both, which would change texts unseen
+        tokenizer.no_padding()
         self.vocab_size: int = tokenizer.get_vocab_size()
 
     @classmethod
