@@ -157,7 +157,7 @@ def generate(
         prompt: The text to continue.
         prompts: A JSONL file instead: on each line an object with a "prompt".
         out: Where its continuations go, as JSONL; a run that was cut short goes on where it ended.
-        max_new_tokens: Tokens to add; without it 200, or as many as there is room for after the longest prompt.
+        max_new_tokens: Tokens to add; without it 200, or as many as the context has room for.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_k: Draw from the k likeliest tokens only.
         top_p: Draw from the likeliest tokens that make up this probability together.
@@ -186,12 +186,6 @@ def generate(
     if prompts is not None and not decoder:
         raise ValueError("prompts: expected --device cpu, and no --backend or FASTGPT_BACKEND, with them")
     gpt, tokenizer = checkpoint.load(model, backend=backends)
-    context = gpt.config.max_seq_length
-    if max_new_tokens is None:
-        longest = [text.encode(tokenizer, prompt)] if prompt is not None else []
-        if prompts is not None:
-            longest = [tokenizer.encode(str(line.get("prompt"))) for _, line in text.read_jsonl(prompts)]
-        max_new_tokens = max(min(200, context - max(map(len, longest))), 1)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, gpt.config.eos_idx)
     if not decoder:
         assert prompt is not None

@@ -19,6 +19,7 @@ from fastgpt.decoding import Decoder
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import evaluating
 
+_DEFAULT = 200  # tokens of a continuation
 _HEAD = 1024  # of the likeliest tokens, among which those that top-p keeps are looked for first
 
 
@@ -27,11 +28,11 @@ class Sampling:
     """How tokens are drawn.
 
     `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest, then `top_p` of what is left the
-    likeliest that make up this probability together. A continuation ends after `max_new_tokens`, or with
-    `stop_token`.
+    likeliest that make up this probability together. A continuation ends after `max_new_tokens` (None: after 200, or
+    where the model's context does), or with `stop_token`.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -40,7 +41,9 @@ class Sampling:
 
     def check(self, vocab_size: int) -> None:
         """ValueError unless a model of that vocabulary can be asked so."""
-        if self.max_new_tokens < 0:
+        if self.max_new_tokens is not None and not isinstance(self.max_new_tokens, int):
+            raise TypeError(f"max_new_tokens: expected an int, got {self.max_new_tokens!r}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected at least 0, got {self.max_new_tokens}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
@@ -50,10 +53,12 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.stop_token is not None and not 0 <= self.stop_token < vocab_size:
             raise ValueError(f"stop_token: expected an id in [0, {vocab_size}), got {self.stop_token}")
-        if not isinstance(self.max_new_tokens, int):
-            raise TypeError(f"max_new_tokens: expected an int, got {self.max_new_tokens!r}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {self.seed}")
+
+    def limit(self, prompt: Sequence[int], context: int) -> int:
+        """How many tokens may follow a prompt, in a model that sees `context` tokens."""
+        return min(_DEFAULT, context - len(prompt)) if self.max_new_tokens is None else self.max_new_tokens
 
 
 def generate(
@@ -105,16 +110,18 @@ def stream(
         raise ValueError(f"tokens: expected shape [B, T] with T >= 1, got {tuple(tokens.shape)}")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token)
     sampling.check(model.config.vocab_size)
+    if max_new_tokens is None:
+        raise TypeError("max_new_tokens: expected an int, got None")
     generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-    return _stream(model, tokens.long(), sampling, generator)
+    return _stream(model, tokens.long(), max_new_tokens, sampling, generator)
 
 
 def _stream(
-    model: GPT, tokens: Tensor, sampling: Sampling, generator: torch.Generator | None
+    model: GPT, tokens: Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     stop = sampling.stop_token
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    for _ in range(sampling.max_new_tokens):
+    for _ in range(max_new_tokens):
         tokens = tokens[:, -model.config.max_seq_length :]
         logits = _last_logits(model, tokens)
         if not bool(logits.logsumexp(dim=-1).isfinite().all()):
@@ -194,6 +201,12 @@ class Continuation:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: str | None = None  # "stop" or "length"
+    limit: int = field(default=0, compare=False)  # tokens, of "length"
+
+    @property
+    def said(self) -> list[int]:
+        """The tokens without the one that ended them."""
+        return self.tokens[:-1] if self.finished == "stop" else self.tokens
 
 
 _Active = dict[int, tuple[Continuation, torch.Generator]]  # by row
@@ -235,29 +248,31 @@ class Engine:
             FloatingPointError: the model's logits are not numbers.
             RuntimeError: another run has begun meanwhile; they would share rows.
         """
-        sampling.check(self.config.vocab_size)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
-        most = self.decoder.max_length
-        for i, prompt in enumerate(prompts):
-            where = f"prompt {i}"
-            if len(prompt) < 1:
-                raise ValueError(f"{where}: expected at least one token, got none")
-            if len(prompt) + sampling.max_new_tokens > most:
-                raise ValueError(
-                    f"{where}: expected at most {most} tokens, the model's context, got {len(prompt)} and "
-                    f"max_new_tokens={sampling.max_new_tokens}"
-                )
-            check_ids(where, torch.tensor(prompt), self.config.vocab_size, torch.device("cpu"))
-            if self.config.pad_idx in prompt:
-                raise ValueError(f"{where}: expected none equal to pad_idx={self.config.pad_idx}")
-        if sampling.stop_token is not None and sampling.stop_token == self.config.pad_idx:
-            raise ValueError(
-                f"stop_token: expected another than pad_idx={self.config.pad_idx}, which is never drawn"
-            )
+        self.check(sampling, prompts, [f"prompt {i}" for i in range(len(prompts))])
         if only is None:
             only = [(i, j) for i in range(len(prompts)) for j in range(samples)]
         return self._run(prompts, sampling, only)
+
+    def check(self, sampling: Sampling, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+        """ValueError, by the prompt's name, unless each can be continued so."""
+        sampling.check(self.config.vocab_size)
+        pad, most = self.config.pad_idx, self.decoder.max_length
+        if pad is not None and sampling.stop_token == pad:
+            raise ValueError(f"stop_token: expected another than pad_idx={pad}, which is never drawn")
+        for name, prompt in zip(names, prompts, strict=True):
+            if len(prompt) < 1:
+                raise ValueError(f"{name}: expected at least one token, got none")
+            wanted = 1 if sampling.max_new_tokens is None else sampling.max_new_tokens
+            if len(prompt) + wanted > most:
+                raise ValueError(
+                    f"{name}: expected at most {most} tokens, the model's context, got {len(prompt)} and "
+                    f"max_new_tokens={wanted}"
+                )
+            check_ids(name, torch.tensor(prompt), self.config.vocab_size, torch.device("cpu"))
+            if pad in prompt:
+                raise ValueError(f"{name}: expected none equal to pad_idx={pad}")
 
     def _run(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, only: Sequence[tuple[int, int]]
@@ -275,11 +290,13 @@ class Engine:
                 apart = new.sample + (new.prompt << 20 if sampling.seed is None else 0)
                 generator = torch.Generator().manual_seed((seed + apart * 0x9E3779B97F4A7C15) % 2**63)
                 active[row] = new, generator
-                if sampling.max_new_tokens == 0:
+                prompt = prompts[new.prompt]
+                new.limit = sampling.limit(prompt, self.decoder.max_length)
+                if new.limit == 0:
                     new.finished = "length"
                     yield new
                 else:
-                    logits = self.decoder.fill(row, torch.tensor(prompts[new.prompt]))
+                    logits = self.decoder.fill(row, torch.tensor(prompt))
                     self.active = 1
                     yield self._draw(logits, *active[row], sampling)
                 self._leave(this, active, free)
@@ -316,7 +333,7 @@ class Engine:
         of.logprobs.append(float(logits[0, token]) - total)
         if token == sampling.stop_token:
             of.finished = "stop"
-        elif len(of.tokens) == sampling.max_new_tokens:
+        elif len(of.tokens) == of.limit:
             of.finished = "length"
         return of
 

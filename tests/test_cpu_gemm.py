@@ -151,17 +151,19 @@ def test_several_python_threads_at_once(rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (4, 0, 4), (4, 4, 0)], ids=str)
-def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+def test_empty_products_are_the_library_s(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    gemm._gemm(torch.randn(m, k), torch.randn(k, n), torch.zeros(m, n))
     assert not gemm.faster(torch.float32, m, n, k)
+    assert torch.equal(gemm.mm(torch.randn(m, k), torch.randn(k, n)), torch.zeros(m, n))
+    with pytest.raises(ValueError, match="none empty"):
+        gemm._gemm(torch.randn(m, k), torch.randn(k, n), torch.zeros(m, n))
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_an_error() -> None:
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
     for wrong in ((a, b[:3], c), (a, b, c[:2]), (a, b.double(), c), (a, b, torch.empty(5, 3).t())):
         with pytest.raises(
-            ValueError, match=r"gemm: expected \[m, k\], \[k, n\] and \[m, n\] of one dtype, got"
+            ValueError, match=r"gemm: expected \[m, k\], \[k, n\] and \[m, n\] of one dtype, none empty, got"
         ):
             gemm._gemm(*wrong)
 

@@ -95,7 +95,7 @@ def test_a_run_that_was_cut_short_goes_on(
     ("lines", "message"),
     [
         ([LINES[0], "{"], r"in\.jsonl:2: expected JSON"),
-        (["[1]"], r"in\.jsonl:1: expected an object, got list"),
+        (["[1]"], r"in\.jsonl:1: expected a JSON object, got list"),
         ([{"text": "a"}], r'in\.jsonl:1: expected an object with a "prompt" of text, got the fields text'),
         ([{"prompt": 3}], r'in\.jsonl:1: expected an object with a "prompt" of text, got int'),
         ([LINES[0], {"prompt": ""}], r"in\.jsonl:2: expected some text, got an empty prompt"),
@@ -132,6 +132,19 @@ def test_another_file_is_left_as_it_was(engine: Engine, tmp_path: Path, content:
     with pytest.raises(ValueError, match=message):
         run(engine, jsonl(tmp_path / "in.jsonl", LINES), target)
     assert target.read_text() == content
+
+
+def test_without_a_limit_each_prompt_has_the_room_that_it_leaves(engine: Engine, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", [{"prompt": "a" * 38}, {"prompt": "b"}])
+    run(engine, source, tmp_path / "out.jsonl", max_new_tokens=None)
+    assert {line: made["tokens"] for (line, _), made in results(tmp_path / "out.jsonl").items()} == {
+        1: 2,
+        2: 39,
+    }
+    with pytest.raises(
+        ValueError, match=r"in\.jsonl:1: expected at most 40 tokens, the model's context, got 40"
+    ):
+        run(engine, jsonl(source, [{"prompt": "a" * 40}]), tmp_path / "other.jsonl", max_new_tokens=None)
 
 
 def test_prompts_are_never_written_over(engine: Engine, tmp_path: Path) -> None:

@@ -78,13 +78,17 @@ def json_bytes(value: Any) -> bytes:
 
 def read_json(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
-        data = file.read()
+        return parse_object(file.read(), path)
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """ValueError, by the name of the place, unless it is a JSON object."""
     try:
         value = json.loads(data)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
+        raise ValueError(f"{where}: expected JSON, got {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

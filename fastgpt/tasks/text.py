@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.generate import Engine, Sampling, stream
+from fastgpt.models.checkpoint import parse_object
 from fastgpt.models.gpt import GPT
 from fastgpt.train.data import read_text
 from fastgpt.train.tokenizer import Tokenizer
@@ -111,8 +112,7 @@ def stream_text(
     ids = encode(tokenizer, prompt)
     text = Text(tokenizer, ids, stop)
     for grown in engine.run([ids], sampling):
-        tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
-        yield text.more(tokens, grown.finished is not None)
+        yield text.more(grown.said, grown.finished is not None)
         if text.stopped:
             return
 
@@ -124,10 +124,11 @@ def stream_uncached(
     ids = encode(tokenizer, prompt)
     text, tokens = Text(tokenizer, ids, stop), list[int]()
     start = torch.tensor([ids], device=model.wte.weight.device)
-    for token in stream(model, start, **vars(sampling)):
+    limit = sampling.limit(ids, model.config.max_seq_length)
+    for token in stream(model, start, **{**vars(sampling), "max_new_tokens": limit}):
         tokens.append(int(token))
         ended = tokens[-1] == sampling.stop_token
-        last = ended or len(tokens) == sampling.max_new_tokens
+        last = ended or len(tokens) == limit
         yield text.more(tokens[:-1] if ended else tokens, last)
         if text.stopped:
             return
@@ -171,15 +172,7 @@ def continue_file(
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target}: expected another file than that of the prompts")
     prompts = [encode(tokenizer, line["prompt"], f"{source}:{number}") for number, line in lines]
-    most, pad = engine.decoder.max_length, engine.config.pad_idx
-    for (number, _), ids in zip(lines, prompts, strict=True):
-        if pad in ids:
-            raise ValueError(f"{source}:{number}: expected no padding (token {pad}) in a prompt")
-        if len(ids) + sampling.max_new_tokens > most:
-            raise ValueError(
-                f"{source}:{number}: expected at most {most} tokens, the model's context, got {len(ids)} and "
-                f"max_new_tokens={sampling.max_new_tokens}"
-            )
+    engine.check(sampling, prompts, [f"{source}:{number}" for number, _ in lines])
     done, whole = _done(target, {number: line["prompt"] for number, line in lines}, samples)
     wanted = [
         (i, j) for i, (number, _) in enumerate(lines) for j in range(samples) if (number, j) not in done
@@ -199,8 +192,7 @@ def continue_file(
             for grown in engine.run(prompts, sampling, samples=samples, only=wanted):
                 timer.add()
                 text = texts[grown.prompt, grown.sample]
-                tokens = grown.tokens[:-1] if grown.finished == "stop" else grown.tokens
-                made = text.of(tokens) if stop or grown.finished else ""
+                made = text.of(grown.said) if stop or grown.finished else ""
                 if text.stopped:
                     grown.finished = "stop"
                 if grown.finished is None:
@@ -231,18 +223,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _parsed(path: Path, lines: Iterable[bytes]) -> list[tuple[int, dict[str, Any]]]:
-    parsed = []
-    for number, data in enumerate(lines, 1):
-        if not data.strip():
-            continue
-        try:
-            line = json.loads(data)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise ValueError(f"{path}:{number}: expected JSON, got {error}") from None
-        if not isinstance(line, dict):
-            raise ValueError(f"{path}:{number}: expected an object, got {type(line).__name__}")
-        parsed.append((number, line))
-    return parsed
+    return [(n, parse_object(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _done(target: Path, prompts: dict[int, str], samples: int) -> tuple[set[tuple[int, int]], int]:

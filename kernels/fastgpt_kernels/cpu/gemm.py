@@ -83,7 +83,7 @@ def _gemm(
         or (n > 1 and c.stride(1) != 1)
     ):
         got = ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in (a, b, c))
-        raise ValueError(f"gemm: expected [m, k], [k, n] and [m, n] of one dtype, got {got}")
+        raise ValueError(f"gemm: expected [m, k], [k, n] and [m, n] of one dtype, none empty, got {got}")
     along_a, along_b = a.stride(1) != 1, b.stride(1) == 1
     kernels.gemm(
         a.data_ptr(), a.stride(1 if along_a else 0), along_a, b.data_ptr(), b.stride(0 if along_b else 1), along_b,
