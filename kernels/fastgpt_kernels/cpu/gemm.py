@@ -77,7 +77,8 @@ def _gemm(
     """c [m, n] = act(a [m, k] @ b [k, n] + bias), or c += a @ b; rows of c are adjacent numbers."""
     (m, k), n = a.shape, b.shape[1]
     if (
-        b.shape[0] != k
+        0 in (m, n, k)
+        or b.shape[0] != k
         or c.shape != (m, n)
         or not a.dtype == b.dtype == c.dtype
         or (n > 1 and c.stride(1) != 1)
