@@ -190,7 +190,7 @@ def generate(
     if not decoder:
         assert prompt is not None
         pieces = text.stream_uncached(gpt.to(where), tokenizer, prompt, sampling, stop)
-        return _show(prompt, pieces)
+        return _show(prompt, pieces, text.Timer(gpt))
     engine = Engine(gpt, weights=weights, batch=1 if prompts is None else batch)
     if prompts is not None and out is not None:
         written, speed = text.continue_file(
@@ -202,17 +202,15 @@ def generate(
     return _show(prompt, text.stream_text(engine, tokenizer, prompt, sampling, stop), text.Timer(engine))
 
 
-def _show(prompt: str, pieces: Iterator[str], timer: Timer | None = None) -> int:
+def _show(prompt: str, pieces: Iterator[str], timer: Timer) -> int:
     first = next(pieces, "")  # what is wrong with the prompt is said before it is printed
     print(prompt, first, sep="", end="", flush=True)
-    if timer:
-        timer.restart()
+    timer.restart()
     for piece in pieces:
         print(piece, end="", flush=True)
-        if timer:
-            timer.add()
+        timer.add()
     print()
-    if timer and timer.tokens:
+    if timer.tokens:
         print(timer.speed(), file=sys.stderr)
     return 0
 
@@ -234,15 +232,16 @@ def perplexity(
     import time
 
     from fastgpt.generate import perplexity as measured
-    from fastgpt.tasks.text import text_tokens
+    from fastgpt.tasks.text import Speed, bytes_of, read_bandwidth, text_tokens
     from fastgpt.train import checkpoint
 
     gpt, tokenizer = checkpoint.load(model)
     tokens = text_tokens(tokenizer, text)
     started = time.perf_counter()
-    value, count = measured(gpt, tokens, window=window, stride=stride)
-    rate = count / (time.perf_counter() - started)
-    print(f"perplexity {value:.4f} over {count:,} tokens ({rate:,.0f} tokens/s)")
+    value, count, windows = measured(gpt, tokens, window=window, stride=stride)
+    seconds = time.perf_counter() - started
+    speed = Speed(count, seconds, windows * bytes_of(gpt), read_bandwidth(tokens.device))
+    print(f"perplexity {value:.4f}; {speed}")
     return 0
 
 

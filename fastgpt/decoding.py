@@ -88,6 +88,8 @@ class Decoder:
         """
         if rows is None:
             rows = torch.arange(self.batch)
+        _check_tensor("rows", rows)
+        _check_tensor("tokens", tokens)
         tokens = self._checked(tokens, rows.shape)
         ids = rows.tolist()
         if rows.dtype != torch.int64 or len({*ids}) != len(ids) or not all(0 <= i < self.batch for i in ids):
@@ -105,6 +107,7 @@ class Decoder:
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """The logits [batch, vocab_size] after the last of tokens [batch, T], T >= 1, which are appended."""
+        _check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
             raise ValueError(
                 f"tokens: expected shape ({self.batch}, T) with T >= 1, got {tuple(tokens.shape)}"
@@ -117,9 +120,9 @@ class Decoder:
 
         All but the last of an empty row's go through the layers together.
         """
+        _check_tensor("tokens", tokens)
         tokens = self._checked(tokens, tokens.shape[:1])
-        if not 0 <= row < self.batch:
-            raise ValueError(f"row: expected one of 0 to {self.batch - 1}, got {row}")
+        self._check_row("row", row)
         if len(tokens) < 1:
             raise ValueError("tokens: expected at least one, got none")
         if int(self.lengths[row]) + len(tokens) > self.max_length:
@@ -154,8 +157,7 @@ class Decoder:
             x = x + _through(block.out, hidden)
 
     def _checked(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        if isinstance(tokens, Tensor):
-            tokens = tokens.as_subclass(Tensor)  # of others the values would not be looked at
+        tokens = tokens.as_subclass(Tensor)  # of a subclass the values would not be looked at
         check_ids("tokens", tokens, self.config.vocab_size, torch.device(CPU))
         if self.config.pad_idx is not None and bool((tokens == self.config.pad_idx).any()):
             raise ValueError(
@@ -165,12 +167,27 @@ class Decoder:
             raise ValueError(f"tokens: expected shape {tuple(shape)}, got {tuple(tokens.shape)}")
         return tokens.long().contiguous()
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of the sequence in row `source` are the whole of that in `target` from now on."""
+        self._check_row("source", source)
+        self._check_row("target", target)
+        if not 0 <= length <= int(self.lengths[source]):
+            raise ValueError(f"length: expected 0 to {int(self.lengths[source])}, got {length}")
+        for kept in (self.keys, self.values):
+            kept[:, target, :, :length] = kept[:, source, :, :length]
+        self.lengths[target] = length
+
     def reset(self, row: int | None = None) -> None:
         """Forget the sequence in `row`, or all."""
         if row is None:
             self.lengths.zero_()
         else:
+            self._check_row("row", row)
             self.lengths[row] = 0
+
+    def _check_row(self, name: str, row: int) -> None:
+        if not isinstance(row, int) or not 0 <= row < self.batch:
+            raise ValueError(f"{name}: expected one of 0 to {self.batch - 1}, got {row!r}")
 
     @property
     def bytes_per_step(self) -> int:
@@ -179,6 +196,11 @@ class Decoder:
         read = sum(t.nbytes for p in (*packed, self.weights.head) for t in p if t is not None)
         each = self.keys[:, 0, :, 0].nbytes + self.values[:, 0, :, 0].nbytes
         return read + each * int(self.lengths.sum())
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Any:

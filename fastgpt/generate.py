@@ -11,11 +11,13 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt.decoding import Decoder
+from fastgpt import ops
+from fastgpt.decoding import CPU, Decoder
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import evaluating
 
@@ -29,7 +31,8 @@ class Sampling:
 
     `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest, then `top_p` of what is left the
     likeliest that make up this probability together. A continuation ends after `max_new_tokens` (None: after 200, or
-    where the model's context does), or with `stop_token`.
+    where the model's context does), or with `stop_token`. Only ids below `vocabulary` are drawn: that of a tokenizer,
+    where the model's is larger.
     """
 
     max_new_tokens: int | None = None
@@ -38,6 +41,7 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
     stop_token: int | None = None
+    vocabulary: int | None = None
 
     def check(self, vocab_size: int) -> None:
         """ValueError unless a model of that vocabulary can be asked so."""
@@ -53,6 +57,8 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.stop_token is not None and not 0 <= self.stop_token < vocab_size:
             raise ValueError(f"stop_token: expected an id in [0, {vocab_size}), got {self.stop_token}")
+        if self.vocabulary is not None and not 1 <= self.vocabulary <= vocab_size:
+            raise ValueError(f"vocabulary: expected 1 to {vocab_size}, got {self.vocabulary}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [-2**63, 2**63), got {self.seed}")
 
@@ -71,12 +77,13 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """The tokens [B, T], int64 or int32, and up to `max_new_tokens` more, int64 [B, T + n].
 
     The model sees the last `max_seq_length` tokens. `temperature` 0 takes the likeliest token. With `seed`
     the same call gives the same tokens; without it torch's own generator is drawn from. Generation ends
-    when every row has produced `stop_token`; a row that is done repeats it.
+    when every row has produced `stop_token`; a row that is done repeats it. Only ids below `vocabulary` are drawn.
     """
     new = list(
         stream(
@@ -88,6 +95,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             stop_token=stop_token,
+            vocabulary=vocabulary,
         )
     )
     return torch.cat([tokens.long(), *(token[:, None] for token in new)], dim=1)
@@ -103,12 +111,13 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[Tensor]:
     """As `generate`, one int64 [B] at a time, as soon as it is drawn. The arguments are checked at once."""
     check_ids("tokens", tokens, model.config.vocab_size, next(model.parameters()).device)
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens: expected shape [B, T] with T >= 1, got {tuple(tokens.shape)}")
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token, vocabulary)
     sampling.check(model.config.vocab_size)
     if max_new_tokens is None:
         raise TypeError("max_new_tokens: expected an int, got None")
@@ -123,8 +132,8 @@ def _stream(
     done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         tokens = tokens[:, -model.config.max_seq_length :]
-        logits = _last_logits(model, tokens)
-        if not bool(logits.logsumexp(dim=-1).isfinite().all()):
+        logits = without_others(_last_logits(model, tokens), model.config.pad_idx, sampling.vocabulary)
+        if not bool(logits.amax(dim=-1).isfinite().all()):
             raise FloatingPointError("logits: expected finite ones, got NaN or infinity")
         token = sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
         if stop is not None:
@@ -139,13 +148,15 @@ def _stream(
 @torch.no_grad()  # around one step: held across a yield it would reach into the caller's code
 def _last_logits(model: GPT, tokens: Tensor) -> Tensor:
     with evaluating(model):
-        logits = model(tokens)[:, -1].float()  # [B, V]
-    return without_padding(logits, model.config.pad_idx)
+        return model(tokens)[:, -1].float()  # [B, V]
 
 
-def without_padding(logits: Tensor, pad_idx: int | None) -> Tensor:
+def without_others(logits: Tensor, pad_idx: int | None, vocabulary: int | None) -> Tensor:
+    """Logits [B, V], changed in place, so that what is never text is never drawn: padding, ids without a token."""
     if pad_idx is not None:
-        logits[:, pad_idx] = -torch.inf  # padding is never text
+        logits[:, pad_idx] = -torch.inf
+    if vocabulary is not None:
+        logits[:, vocabulary:] = -torch.inf
     return logits
 
 
@@ -227,6 +238,11 @@ class Engine:
         self.active = 0  # sequences in the last step
         self._runs = 0
 
+    @property
+    def bytes_per_token(self) -> float:
+        """What the last step read for each of its tokens: the weights, once for all, and keys and values."""
+        return self.decoder.bytes_per_step / max(self.active, 1)
+
     def run(
         self,
         prompts: Sequence[Sequence[int]],
@@ -289,6 +305,7 @@ class Engine:
                 # Far apart, so that no sample of one seed is one of the next. Without a seed, prompts differ, too.
                 apart = new.sample + (new.prompt << 20 if sampling.seed is None else 0)
                 generator = torch.Generator().manual_seed((seed + apart * 0x9E3779B97F4A7C15) % 2**63)
+                like = next((r for r, (of, _) in active.items() if of.prompt == new.prompt), None)
                 active[row] = new, generator
                 prompt = prompts[new.prompt]
                 new.limit = sampling.limit(prompt, self.decoder.max_length)
@@ -296,6 +313,11 @@ class Engine:
                     new.finished = "length"
                     yield new
                 else:
+                    if (
+                        like is not None
+                    ):  # another sample of this prompt: the last token gives the same logits
+                        self.decoder.copy(like, row, len(prompt) - 1)
+                        prompt = prompt[-1:]
                     logits = self.decoder.fill(row, torch.tensor(prompt))
                     self.active = 1
                     yield self._draw(logits, *active[row], sampling)
@@ -322,15 +344,17 @@ class Engine:
     def _draw(
         self, logits: Tensor, of: Continuation, generator: torch.Generator, sampling: Sampling
     ) -> Continuation:
-        logits = without_padding(logits, self.config.pad_idx)
-        total = float(logits.logsumexp(dim=-1))
-        if not math.isfinite(total):
+        logits = without_others(logits, self.config.pad_idx, sampling.vocabulary)
+        largest = float(logits.amax())
+        if not math.isfinite(largest):
             raise FloatingPointError(
-                f"prompt {of.prompt}: expected finite logits after {len(of.tokens)} tokens, got {total}"
+                f"prompt {of.prompt}: expected finite logits after {len(of.tokens)} tokens, got {largest}"
             )
-        token = int(sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator))
+        drawn = sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
+        token = int(drawn)
         of.tokens.append(token)
-        of.logprobs.append(float(logits[0, token]) - total)
+        # Not torch.logsumexp, whose last bit depends on the number of threads.
+        of.logprobs.append(-float(ops.cross_entropy(logits, drawn, reduction="none", backend=CPU)))
         if token == sampling.stop_token:
             of.finished = "stop"
         elif len(of.tokens) == of.limit:
@@ -338,11 +362,17 @@ class Engine:
         return of
 
 
+class Perplexity(NamedTuple):
+    value: float
+    tokens: int  # that were scored
+    windows: int  # for which the model ran
+
+
 @torch.no_grad()
 def perplexity(
     model: GPT, tokens: Tensor, *, window: int | None = None, stride: int | None = None
-) -> tuple[float, int]:
-    """(perplexity, how many tokens were scored) of a text [T], T >= 2, by a sliding window.
+) -> Perplexity:
+    """The perplexity of a text [T], T >= 2, by a sliding window.
 
     Args:
         tokens: int64 or int32 [T], on the model's device.
@@ -364,7 +394,7 @@ def perplexity(
         raise ValueError(f"tokens: expected shape [T] with T >= 2, got {tuple(tokens.shape)}")
     if model.config.pad_idx is not None and bool((tokens == model.config.pad_idx).any()):
         raise ValueError(f"tokens: expected none equal to pad_idx={model.config.pad_idx}: all are scored")
-    total, scored = 0.0, 1  # tokens before this one are done
+    total, scored, windows = 0.0, 1, 0  # tokens before this one are done
     with evaluating(model):
         while scored < len(tokens):
             end = min(max(scored + stride, window), len(tokens))
@@ -376,6 +406,6 @@ def perplexity(
             if not math.isfinite(loss):
                 raise FloatingPointError(f"loss: expected a finite one up to token {end}, got {loss}")
             total += loss * (end - scored)
-            scored = end
+            scored, windows = end, windows + 1
     mean = total / (len(tokens) - 1)
-    return math.exp(mean) if mean < 709 else math.inf, len(tokens) - 1
+    return Perplexity(math.exp(mean) if mean < 709 else math.inf, len(tokens) - 1, windows)

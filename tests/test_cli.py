@@ -98,7 +98,12 @@ def test_generate_streams_the_prompt_and_the_same_text_for_a_seed(
     assert len(outputs[0]) > 8
     for options in (["--backend", "reference"], ["--weights", "int8"]):
         assert cli.main([*args, "--temperature", "0", *options]) == 0
-        assert capsys.readouterr().out.startswith("thé ")
+        shown = capsys.readouterr()
+        assert shown.out.startswith("thé ")
+        assert "of the memory's bandwidth" in shown.err
+        rest = shown.out.removeprefix("thé ").rstrip("\n")
+        assert cli.main([*args, "--temperature", "0", *options, "--stop", rest[3:5]]) == 0
+        assert capsys.readouterr().out == f"thé {rest[: rest.index(rest[3:5])]}\n"
 
 
 def test_a_file_of_prompts_is_continued_and_gone_on_with(
@@ -126,7 +131,8 @@ def test_perplexity_and_what_weights_of_fewer_bits_cost(
     model: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["perplexity", "--model", str(model), "--text", str(text)]) == 0
-    assert capsys.readouterr().out.startswith("perplexity ")
+    assert "of the memory's bandwidth" in (out := capsys.readouterr().out)
+    assert out.startswith("perplexity ")
     assert cli.main(["quantize", "--model", str(model), "--report", "--text", str(text)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["weights", "fp32", "bf16", "int8"]

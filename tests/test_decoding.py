@@ -133,6 +133,16 @@ def test_wrong_tokens_are_a_value_error() -> None:
     for tokens, message in ((torch.tensor([1, 2]), "shape"), (torch.tensor([101]), r"ids in \[0, 101\)")):
         with pytest.raises(ValueError, match=message):
             decoder.step(tokens)
+    with pytest.raises(TypeError, match="tokens: expected a tensor, got list"):
+        decoder.step([1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rows: expected a tensor, got list"):
+        decoder.step(torch.tensor([1]), [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row: expected one of 0 to 0, got 99"):
+        decoder.reset(99)
+    with pytest.raises(ValueError, match="target: expected one of 0 to 0, got 1"):
+        decoder.copy(0, 1, 0)
+    with pytest.raises(ValueError, match="length: expected 0 to 0, got 1"):
+        decoder.copy(0, 0, 1)
     with pytest.raises(ValueError, match="ids in"):  # a subclass is looked into as well
         decoder.step(torch.nn.Parameter(torch.tensor([10**9]), requires_grad=False))
     with pytest.raises(ValueError, match="pad_idx=0"):
@@ -140,6 +150,16 @@ def test_wrong_tokens_are_a_value_error() -> None:
     decoder.prefill(torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="at most max_length=2"):
         decoder.step(torch.tensor([3]))
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_copied_beginning_is_one_that_was_filled(weights: str) -> None:
+    decoder, tokens = Decoder(model(), weights=weights, batch=3), torch.randint(0, 101, (9,))
+    expected = decoder.fill(0, tokens)
+    decoder.fill(2, torch.randint(0, 101, (20,)))  # what is there is overwritten
+    decoder.copy(0, 2, 8)
+    assert decoder.lengths.tolist() == [9, 0, 8]
+    assert same_bits(decoder.fill(2, tokens[8:]), expected)
 
 
 def test_the_model_may_change_afterwards() -> None:

@@ -113,6 +113,36 @@ def test_frequencies_are_the_model_s() -> None:
     assert float(((counts - 2000 * p) ** 2 / (2000 * p)).sum()) < 35.6
 
 
+def test_only_the_vocabulary_is_drawn() -> None:
+    """A model's vocabulary is often rounded up: ids without a token are no text, and have no probability."""
+    made = model()
+    drawn = finished(
+        Engine(made, batch=8), [[1]], Sampling(30, temperature=9.0, seed=0, vocabulary=5), samples=8
+    )
+    assert {token for c in drawn for token in c.tokens} == set(range(5))
+    with torch.no_grad():
+        expected = made(torch.tensor([[1]]))[0, -1, :5].log_softmax(-1)
+    for c in drawn:
+        assert c.logprobs[0] == pytest.approx(float(expected[c.tokens[0]]), abs=1e-4)
+    tokens = generate(made, torch.ones(4, 1).long(), max_new_tokens=20, temperature=9.0, vocabulary=5)
+    assert set(tokens.flatten().tolist()) == set(range(5))
+    for wrong in (0, 102):
+        with pytest.raises(ValueError, match=f"vocabulary: expected 1 to 101, got {wrong}"):
+            Engine(made).run([[1]], Sampling(3, vocabulary=wrong))
+
+
+def test_log_probabilities_are_the_same_bits_for_any_number_of_threads() -> None:
+    engine = Engine(decoding_model(vocab_size=70_000, embedding_dim=8, num_heads=1, num_layers=1))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(finished(engine, PROMPTS, Sampling(10, temperature=0)))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
 def test_rows_end_on_their_own() -> None:
     made = model()
     free = finished(Engine(made), PROMPTS, Sampling(20, seed=1))
@@ -209,8 +239,9 @@ def test_logits_that_are_no_numbers_are_an_error() -> None:
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (10, 3), (10, 9), (2, 1), (40, 7)])
 def test_perplexity_scores_each_token_once(window: int | None, stride: int | None) -> None:
     made, tokens = model(), torch.randint(0, 101, (97,))
-    value, count = perplexity(made, tokens, window=window, stride=stride)
+    value, count, windows = perplexity(made, tokens, window=window, stride=stride)
     assert count == 96
+    assert windows == math.ceil((97 - (window or 40)) / (stride or (window or 40) // 2)) + 1
     w, s = window or 40, stride or (window or 40) // 2
     losses, end = [], 1
     with torch.no_grad():

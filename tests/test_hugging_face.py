@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgpt.generate import Engine, Sampling
 from fastgpt.models import checkpoint, hugging_face
 from fastgpt.models.gpt import GPT, IGNORE_INDEX, GPTConfig
 
@@ -75,9 +77,9 @@ def gpt2_logits(tensors: dict[str, Tensor], tokens: Tensor, heads: int = 4) -> T
 def test_the_hub_s_first_layout_is_read(tmp_path: Path) -> None:
     tensors, tokens = hub_tensors(), torch.randint(97, (3, 24))
     model = GPT.from_pretrained(write(tmp_path, tensors))
-    assert model.config == GPTConfig(
-        97, 32, 4, 2, 24, eos_idx=96, dropout=0.1, embedding_dropout=0.1, attention_dropout=0.1
-    )
+    assert model.config == GPTConfig(97, 32, 4, 2, 24, eos_idx=96, dropout=0.1, attention_dropout=0.1)
+    assert model.config.input_dropout == 0.1
+    assert replace(model.config, dropout=0.0).input_dropout == 0.0
     torch.testing.assert_close(model(tokens).double(), gpt2_logits(tensors, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -232,45 +234,71 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path: Path, 
 
 
 @needs_transformers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_and_gradients_are_transformers(tmp_path: Path, padded: bool, dtype: torch.dtype) -> None:
-    """Two ways to compute in one dtype: beside fp64, ours may be off no more than twice as much as theirs."""
+    """Beside transformers in fp64, on the same rounded weights, within 4 units of the dtype's rounding.
+
+    Measured are up to 1.2 (logits) and 3 (a gradient), transformers' own 1.2 and 3.6. Both take the loss in fp32.
+    """
     changes = {"pad_token_id": 0} if padded else {}
     theirs = their_model(**changes)
     theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path).to(dtype)
-    exact = their_model(**changes).double()
-    theirs = theirs.to(dtype)
+    ours, theirs = GPT.from_pretrained(tmp_path).to(dtype), theirs.to(dtype).double()
     tokens = torch.randint(1, 97, (3, 24))
     if padded:
         tokens[0, 20:] = tokens[1, 7:] = 0
     seen = tokens != 0
     labels = tokens.masked_fill(~seen, IGNORE_INDEX)
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    results = []
-    for model in (exact, theirs):
-        out = model(input_ids=tokens, attention_mask=seen.long(), labels=labels)
-        out.loss.backward()
-        gradients = {name: p.grad.double() for name, p in model.named_parameters()}
-        results.append((out.logits.double(), out.loss.double(), hugging_face.from_layout(gradients)))
-    logits, loss = ours(tokens), ours(tokens, following)
+    expected = theirs(input_ids=tokens, attention_mask=seen.long(), labels=labels)
+    expected.loss.backward()
+    logits = ours(tokens)
+    loss = ours(tokens, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX))
     loss.backward()
-    gradients = {name: p.grad.double() for name, p in ours.named_parameters() if p.grad is not None}
-    (want_logits, want_loss, want), (their_logits, their_loss, their_gradients) = results
-    floor = 4 * torch.finfo(dtype).eps
+    unit = torch.finfo(dtype).eps
 
     def off(got: Tensor, truth: Tensor) -> float:
         return float((got - truth).detach().norm() / truth.detach().norm())
 
-    assert (
-        off(logits[seen].double(), want_logits[seen])
-        <= 2 * off(their_logits[seen], want_logits[seen]) + floor
-    )
-    assert off(loss.double(), want_loss) <= 2 * off(their_loss, want_loss) + floor
-    assert gradients.keys() == want.keys()
-    for name, truth in want.items():
-        assert off(gradients[name], truth) <= 2 * off(their_gradients[name], truth) + floor, name
+    assert off(logits[seen], expected.logits[seen]) <= 4 * unit
+    unit = max(unit, torch.finfo(torch.float32).eps)
+    assert off(loss, expected.loss) <= 4 * unit
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    truth = hugging_face.from_layout({name: p.grad for name, p in theirs.named_parameters()})
+    assert gradients.keys() == truth.keys()
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert off(gradient, truth[name]) <= 4 * unit, name
+
+
+@needs_transformers
+def test_greedy_text_is_transformers_token_by_token(tmp_path: Path) -> None:
+    """20 prompts of 1 to 39 tokens, 200 tokens each; both keep keys and values.
+
+    Where two tokens are as likely as each other to the last bits the choice is rounding's: the model is one whose
+    likeliest two differ by more than that.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "n_positions": 240, "n_embd": 64, "n_layer": 3, "n_head": 4}
+    theirs: Any = GPT2LMHeadModel(
+        GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=None)
+    ).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.dim() > 1:  # random weights of the usual size say one token again and again
+                p.mul_(1.0 if "wte" in name else 12.0)
+    theirs.save_pretrained(tmp_path)
+    prompts = [torch.randint(1000, (1 + 2 * i,)).tolist() for i in range(20)]
+    engine = Engine(GPT.from_pretrained(tmp_path), batch=7)
+    made = {c.prompt: c.tokens for c in engine.run(prompts, Sampling(200, temperature=0)) if c.finished}
+    assert len({tuple(tokens) for tokens in made.values()}) == 20
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False)
+        assert made[i] == out[0, len(prompt) :].tolist(), i
+        assert len(set(made[i])) > 20  # no text of few words
 
 
 @needs_transformers

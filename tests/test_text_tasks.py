@@ -14,7 +14,7 @@ from test_decoding import model as decoding_model
 from fastgpt.generate import Continuation, Engine, Sampling, perplexity
 from fastgpt.tasks import text
 from fastgpt.tasks.quantize import table
-from fastgpt.train.tokenizer import ByteTokenizer
+from fastgpt.train.tokenizer import BPETokenizer, ByteTokenizer
 
 LINES = [{"prompt": "ab", "id": 7}, {"prompt": "c"}, {"prompt": "hello there"}, {"prompt": "é"}]
 
@@ -172,6 +172,9 @@ class Words:
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(i + ord("a")) for i in ids)
 
+    def special_id(self, word: str) -> int | None:
+        return None
+
     def to_json(self) -> bytes:
         return b""
 
@@ -189,6 +192,34 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(stop: tuple[str, ...], e
             break
     assert shown == expected
     assert growing.stopped == (expected != "abcdef")
+
+
+def test_a_special_token_is_a_stop_string_too() -> None:
+    """Decoding leaves it out of the text: there it would never be found."""
+    bpe = BPETokenizer.train("abc abc", 256)
+    bpe.tokenizer.add_special_tokens(["<|end|>"])
+    (end,) = bpe.tokenizer.encode("<|end|>").ids
+    assert bpe.special_id("<|end|>") == end
+    assert bpe.special_id("a") is None
+    assert bpe.special_id("<|other|>") is None
+    growing = text.Text(bpe, bpe.encode("a"), ["<|end|>", "x"])
+    tokens = [*bpe.encode("bc"), end, *bpe.encode("d")]
+    shown = "".join(growing.more(tokens[:n], n == 4) for n in range(1, 5) if not growing.stopped)
+    assert (shown, growing.stopped) == ("bc", True)
+
+
+def test_ids_without_a_token_are_never_drawn(tmp_path: Path) -> None:
+    engine, sampling = Engine(decoding_model(vocab_size=70)), Sampling(30, temperature=9.0, seed=0)
+    for pieces in (
+        text.stream_text(engine, Words(), "ab", sampling),
+        text.stream_uncached(decoding_model(vocab_size=70), Words(), "ab", sampling),
+    ):
+        made = "".join(pieces)
+        assert len(made) == 30
+        assert set(made) <= set("abcdefghijklmnopqrstuvwxyz")
+    source, target = jsonl(tmp_path / "in.jsonl", [{"prompt": "ab"}]), tmp_path / "out.jsonl"
+    text.continue_file(engine, Words(), source, target, sampling, progress=False)
+    assert results(target)[1, 0]["text"].isalpha()
 
 
 def test_a_stop_string_ends_a_line_of_a_file(
@@ -241,7 +272,7 @@ def test_the_report_on_weights(tmp_path: Path) -> None:
                     scale = 1.0 if packed.scale is None else packed.scale[:, None]
                     parameter.copy_(packed.weight.float() * scale)
         tokens = torch.tensor(ByteTokenizer().encode((tmp_path / "text").read_text()))
-        assert float(line[2]) == pytest.approx(perplexity(by_hand, tokens)[0], rel=1e-5)
+        assert float(line[2]) == pytest.approx(perplexity(by_hand, tokens).value, rel=1e-5)
         assert line[2] != lines[1][2]
     assert len(table(made, ByteTokenizer(), None).splitlines()[0].split()) == 2
     assert torch.equal(

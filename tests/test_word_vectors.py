@@ -65,3 +65,5 @@ def test_faults_are_named(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"t\.bin: expected word2vec's binary format"):
         initialise_embedding(GPT(10, 16, 2, 1, 8), Tokens(), truncated, binary=True)
+    with pytest.raises(ValueError, match=r"v\.vec: expected word2vec's binary format, got its text format"):
+        initialise_embedding(GPT(10, 12, 2, 1, 8), Tokens(), write(path, False, 12), binary=True)

@@ -79,10 +79,10 @@ class GPTConfig:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.embedding_dropout is None:
-            object.__setattr__(self, "embedding_dropout", self.dropout)
         for name in ("dropout", "embedding_dropout", "attention_dropout"):
             p = getattr(self, name)
+            if p is None and name == "embedding_dropout":
+                continue  # as `dropout`, also in a copy with another one
             if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {p!r}")
         if not isinstance(self.layer_norm_eps, (int, float)) or not self.layer_norm_eps > 0:
@@ -90,6 +90,11 @@ class GPTConfig:
         for name in ("bias", "tie_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+
+    @property
+    def input_dropout(self) -> float:
+        """The dropout on the embeddings."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> GPTConfig:
@@ -210,7 +215,7 @@ class GPT(nn.Module):
         )
         if not learned:
             x = self.positions(x * math.sqrt(config.embedding_dim), tokens)
-        p = config.embedding_dropout
+        p = config.input_dropout
         return F.dropout(x, p) if p and self.training else x
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -235,6 +240,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, path: str | os.PathLike[str], *, backend: Backend = None) -> GPT:
         """The model saved in a directory, in the dtype it was saved in, on the CPU, in evaluation mode.
 
+        Its weights are the file's, mapped into memory and read as they are needed: replace the file, as
+        `save_pretrained` does, but do not write into it while the model lives.
+
         Args:
             path: a directory that `save_pretrained` or transformers wrote (GPT-2; in one file or in shards), or a
                 name on the Hugging Face hub.
@@ -252,9 +260,7 @@ class GPT(nn.Module):
         else:
             values = hugging_face.config_fields(values, config_file)
         config = GPTConfig.from_dict(values, config_file)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initialisation is thrown away: draw nothing from the caller
+        with torch.device("meta"):  # weights that are about to be replaced are never made
             model = cls(GPTConfig(**{**config.to_dict(), "backend": backend}))
         state = model.state_dict()
         if own:
@@ -263,6 +269,8 @@ class GPT(nn.Module):
         else:
             weights = hugging_face.read(directory, state)
         model.load_state_dict(weights, assign=True)
+        if config.positions != "learned":  # computed, not saved
+            model.positions = PositionalEncoding(config.embedding_dim, config.max_seq_length, config.pad_idx)
         return model.eval()
 
     def extra_repr(self) -> str:

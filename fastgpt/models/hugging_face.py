@@ -86,6 +86,8 @@ def config_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
         fields[name] = idx if there else None
     if fields["pad_idx"] == fields["eos_idx"]:  # batches are filled up with what ends a text: it is one, too
         fields["pad_idx"] = None
+    if fields["embedding_dropout"] == fields["dropout"]:
+        fields["embedding_dropout"] = None  # it follows the other
     return {**fields, "activation": _ACTIVATIONS[activation]}
 
 
@@ -94,6 +96,8 @@ def config_values(fields: dict[str, Any]) -> dict[str, Any] | None:
     if fields["positions"] != "learned" or not fields["bias"]:
         return None
     values = {theirs: fields[ours] for ours, (theirs, _) in _FIELDS.items()}
+    if values["embd_pdrop"] is None:
+        values["embd_pdrop"] = values["resid_pdrop"]
     activation = next(name for name, ours in _ACTIVATIONS.items() if ours == fields["activation"])
     return {
         "model_type": MODEL_TYPE,

@@ -66,7 +66,7 @@ class StockGPT(nn.Module):
             self.wpe = nn.Embedding(config.max_seq_length, dim)
         else:
             self.positions = PositionalEncoding(dim, config.max_seq_length, config.pad_idx)
-        self.dropout = nn.Dropout(config.embedding_dropout or 0.0)
+        self.dropout = nn.Dropout(config.input_dropout)
         self.h = nn.ModuleList(StockBlock(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(dim, config.layer_norm_eps, bias=config.bias)
         self.lm_head = None if config.tie_output else nn.Linear(dim, config.vocab_size, bias=False)

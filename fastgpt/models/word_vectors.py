@@ -62,10 +62,20 @@ def initialise_embedding(
 def _read(path: str, binary: bool) -> Any:
     from gensim.models import KeyedVectors
 
-    with open(path, "rb"):  # the system's own error, if it cannot be read
-        pass
+    with open(path, "rb") as file:  # the system's own error, if it cannot be read
+        _, first = file.readline(), file.readline(2**16)
+    if binary and _is_text(first):  # which would be taken for vectors all the same
+        raise ValueError(f"{path}: expected word2vec's binary format, got its text format")
     try:
         return KeyedVectors.load_word2vec_format(path, binary=binary)
     except (ValueError, EOFError, UnicodeDecodeError) as error:
         kind = "binary" if binary else "text"
         raise ValueError(f"{path}: expected word2vec's {kind} format, got {error}") from None
+
+
+def _is_text(line: bytes) -> bool:
+    """Whether a line is a word and numbers."""
+    try:
+        return len([float(number) for number in line.split()[1:]]) > 0
+    except ValueError:
+        return False

@@ -45,7 +45,7 @@ def table(model: GPT, tokenizer: Tokenizer, text: Sequence[Path] | None) -> str:
                     parameter.copy_(wide if packed.scale is None else wide * packed.scale[:, None])
         line = f"{name:8} {size / 1e6:8.1f}"
         if tokens is not None:
-            value, _ = perplexity(kept, tokens)
+            value = perplexity(kept, tokens).value
             base = value if base is None else base
             line += f" {value:12.4f} {value / base - 1:+12.2%}"
         lines.append(line)

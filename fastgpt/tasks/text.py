@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastgpt.generate import Engine, Sampling, stream
 from fastgpt.models.checkpoint import parse_object
-from fastgpt.models.gpt import GPT
+from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.train.data import read_text
 from fastgpt.train.tokenizer import Tokenizer
 
@@ -24,17 +25,22 @@ REPLACEMENT = "\ufffd"  # what a character of several bytes looks like while it 
 
 
 class Text:
-    """The text of a growing continuation, up to the first of the stop strings."""
+    """The text of a growing continuation, up to the first of the stop strings; special tokens can be among them."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         if "" in stop:
             raise ValueError("stop: expected texts, got an empty one")
-        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), stop
+        special = {word: tokenizer.special_id(word) for word in stop}  # which the text itself never shows
+        self.stop = [word for word in stop if special[word] is None]
+        self.stop_tokens = {token for token in special.values() if token is not None}
+        self.tokenizer, self.prompt = tokenizer, list(prompt)
         self.before = len(tokenizer.decode(self.prompt))  # a token's text may depend on the one before it
         self.shown, self.stopped = 0, False
 
     def of(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode([*self.prompt, *tokens])[self.before :]
+        end = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
+        self.stopped = end is not None
+        text = self.tokenizer.decode([*self.prompt, *tokens[:end]])[self.before :]
         ends = [at for at in (text.find(word) for word in self.stop) if at >= 0]
         if ends:
             self.stopped, text = True, text[: min(ends)]
@@ -52,7 +58,7 @@ class Text:
 
 
 class Speed(NamedTuple):
-    """Of decoding: tokens in a second, and the share of the memory's bandwidth that reading the weights took."""
+    """Tokens in a second, and the share of the memory's bandwidth that reading the weights took."""
 
     tokens: int
     seconds: float
@@ -67,35 +73,41 @@ class Speed(NamedTuple):
         )
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that the CPU reads from memory: the best of three times through 256 MiB."""
-    data = torch.ones(2**26)
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device reads from its memory: the best of three times through 256 MiB."""
+    data = torch.ones(2**26, device=device)
     best = math.inf
     for _ in range(3):
         started = time.perf_counter()
-        data.amax()
+        float(data.amax())  # waits for the device
         best = min(best, time.perf_counter() - started)
     return data.nbytes / best
 
 
 class Timer:
-    """Adds up what an engine's decoding takes: tokens, time, and the bytes that its steps read."""
+    """Adds up what decoding takes: tokens, time, and the bytes that its steps read."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, decodes: Engine | GPT) -> None:
+        self.decodes, self.device = decodes, torch.device("cpu")
+        if isinstance(decodes, GPT):
+            self.device = decodes.wte.weight.device
         self.restart()
 
     def restart(self) -> None:
         self.tokens, self.read, self.started = 0, 0.0, time.perf_counter()
 
     def add(self) -> None:
-        """One token more; a step reads the weights once for all the sequences in it."""
+        """One token more."""
         self.tokens += 1
-        self.read += self.engine.decoder.bytes_per_step / max(self.engine.active, 1)
+        self.read += bytes_of(self.decodes) if isinstance(self.decodes, GPT) else self.decodes.bytes_per_token
 
     def speed(self) -> Speed:
         seconds = time.perf_counter() - self.started
-        return Speed(self.tokens, seconds, int(self.read), read_bandwidth())
+        return Speed(self.tokens, seconds, int(self.read), read_bandwidth(self.device))
+
+
+def bytes_of(model: GPT) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def encode(tokenizer: Tokenizer, prompt: str, where: str = "prompt") -> list[int]:
@@ -105,13 +117,18 @@ def encode(tokenizer: Tokenizer, prompt: str, where: str = "prompt") -> list[int
     return ids
 
 
+def within(tokenizer: Tokenizer, sampling: Sampling, config: GPTConfig) -> Sampling:
+    """`sampling` of the tokenizer's tokens only; a model's vocabulary is often rounded up."""
+    return replace(sampling, vocabulary=min(tokenizer.vocab_size, config.vocab_size))
+
+
 def stream_text(
     engine: Engine, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop: Sequence[str] = ()
 ) -> Iterator[str]:
     """What follows the prompt, piece by piece as it is made."""
     ids = encode(tokenizer, prompt)
     text = Text(tokenizer, ids, stop)
-    for grown in engine.run([ids], sampling):
+    for grown in engine.run([ids], within(tokenizer, sampling, engine.config)):
         yield text.more(grown.said, grown.finished is not None)
         if text.stopped:
             return
@@ -125,7 +142,8 @@ def stream_uncached(
     text, tokens = Text(tokenizer, ids, stop), list[int]()
     start = torch.tensor([ids], device=model.wte.weight.device)
     limit = sampling.limit(ids, model.config.max_seq_length)
-    for token in stream(model, start, **{**vars(sampling), "max_new_tokens": limit}):
+    sampling = within(tokenizer, replace(sampling, max_new_tokens=limit), model.config)
+    for token in stream(model, start, **vars(sampling)):
         tokens.append(int(token))
         ended = tokens[-1] == sampling.stop_token
         last = ended or len(tokens) == limit
@@ -172,6 +190,7 @@ def continue_file(
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target}: expected another file than that of the prompts")
     prompts = [encode(tokenizer, line["prompt"], f"{source}:{number}") for number, line in lines]
+    sampling = within(tokenizer, sampling, engine.config)
     engine.check(sampling, prompts, [f"{source}:{number}" for number, _ in lines])
     done, whole = _done(target, {number: line["prompt"] for number, line in lines}, samples)
     wanted = [

@@ -18,6 +18,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def special_id(self, text: str) -> int | None:
+        """The token that `text` names, if it is one that decoding leaves out."""
+        ...
+
     def to_json(self) -> bytes: ...
 
 
@@ -31,6 +35,9 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        return None
 
     def to_json(self) -> bytes:
         return json.dumps(BYTES).encode()
@@ -69,6 +76,10 @@ class BPETokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
+
+    def special_id(self, text: str) -> int | None:
+        token = self.tokenizer.token_to_id(text)
+        return token if token is not None and not self.tokenizer.decode([token]) else None
 
     def to_json(self) -> bytes:
         return self.tokenizer.to_str(pretty=True).encode()
