@@ -1,4 +1,5 @@
-"""GPT-2 124M as a whole: a training step (4 x 512 tokens, AdamW), and a step of decoding (one sequence, 512 tokens).
+"""GPT-2 124M as a whole: a training step (4 x 512 tokens, AdamW), a step of decoding (one sequence, 512 tokens), and
+whole texts (engines.py).
 
 Beside the stock PyTorch model stands Hugging Face's, where transformers is installed: as people run it, its loss
 computed by itself. A training step has no bound per element; `gpt_step` says what it must keep to.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import buffers, gpt_step, limits
+from benchmarks import buffers, engines, gpt_step, limits
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
 from benchmarks.timing import Step, measure, step_clock
 from fastgpt.decoding import WEIGHTS, Decoder
@@ -39,7 +40,8 @@ def jobs(
         for d in options.dtypes
         if d in ("fp32", "bf16")
     ]
-    return [("gpt2_decode", partial(decode_rows, options, meter)), *steps]
+    decoding = ("gpt2_decode", partial(decode_rows, options, meter))
+    return [decoding, *engines.jobs(MODEL, options), *steps]
 
 
 def step_rows(

@@ -121,10 +121,7 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     limits_took = options.budget - budget.left  # the same again is kept for the end
     ops, dtypes = [name for name in options.ops if name != gpt_step.OP], options.dtypes
     cases = op_cases(ops, dtypes, options.suite) if ops or not options.ops else []
-    if options.match:
-        cases = [case for case in cases if options.match in case.name]
-        if not cases:
-            raise ValueError(f"--case: expected a part of the name of a case, got {options.match!r}")
+    cases = [case for case in cases if options.match in case.name]
     whole = options.suite == "quick" and not options.ops and not options.match
     with_step = whole or gpt_step.OP in options.ops
 
@@ -138,7 +135,9 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         *((case.name, timed(case)) for case in cases if case.rank > 0),
     ]
     if options.suite == "gpt2":
-        jobs = gpt2.jobs(options, budget, meter)
+        jobs = [job for job in gpt2.jobs(options, budget, meter) if options.match in job[0]]
+    if not jobs:
+        raise ValueError(f"--case: expected a part of the name of a case, got {options.match!r}")
     for done, (name, job) in enumerate(jobs):
         if budget.left < limits_took + 3.0:
             run.not_run.append(f"{name}: the budget of {options.budget:.0f} s is spent")

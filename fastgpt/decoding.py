@@ -114,30 +114,37 @@ class Decoder:
             )
         return torch.cat([self.fill(row, ids) for row, ids in enumerate(tokens)])
 
-    @torch.no_grad()
     def fill(self, row: int, tokens: Tensor) -> Tensor:
-        """The logits [1, vocab_size] after the last of tokens [T], T >= 1, appended to the sequence in `row`.
-
-        All but the last of an empty row's go through the layers together.
-        """
+        """The logits [1, vocab_size] after the last of tokens [T], T >= 1, appended to the sequence in `row`."""
         _check_tensor("tokens", tokens)
-        tokens = self._checked(tokens, tokens.shape[:1])
-        self._check_row("row", row)
         if len(tokens) < 1:
             raise ValueError("tokens: expected at least one, got none")
+        self._check_row("row", row)
+        tokens = self._check_room(row, tokens)
+        self.append(row, tokens[:-1])
+        return self.step(tokens[-1:], torch.tensor([row]))
+
+    @torch.no_grad()
+    def append(self, row: int, tokens: Tensor) -> None:
+        """Tokens [T] are appended to the sequence in `row`; those of an empty one go through the layers together."""
+        _check_tensor("tokens", tokens)
+        self._check_row("row", row)
+        tokens = self._check_room(row, tokens)
+        if int(self.lengths[row]) == 0 and len(tokens):
+            self._run_through(row, tokens)
+            self.lengths[row] = len(tokens)
+            return
+        for token in tokens:
+            self.step(token[None], torch.tensor([row]))
+
+    def _check_room(self, row: int, tokens: Tensor) -> Tensor:
+        tokens = self._checked(tokens, tokens.shape[:1])
         if int(self.lengths[row]) + len(tokens) > self.max_length:
             raise ValueError(
                 f"tokens: expected at most max_length={self.max_length} in a sequence, got "
                 f"{int(self.lengths[row]) + len(tokens)}"
             )
-        rows, first = torch.tensor([row]), 0
-        if int(self.lengths[row]) == 0 and len(tokens) > 1:
-            first = len(tokens) - 1
-            self._run_through(row, tokens[:first])
-            self.lengths[row] = first
-        for token in tokens[first:]:
-            logits = self.step(token[None], rows)
-        return logits
+        return tokens
 
     def _run_through(self, row: int, tokens: Tensor) -> None:
         """The keys and values of a sequence's first tokens [T]."""

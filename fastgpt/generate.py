@@ -220,7 +220,7 @@ class Continuation:
         return self.tokens[:-1] if self.finished == "stop" else self.tokens
 
 
-_Active = dict[int, tuple[Continuation, torch.Generator]]  # by row
+_Active = dict[int, tuple[Continuation, int, torch.Generator]]  # by row; the token that comes next into it
 
 
 class Engine:
@@ -305,61 +305,70 @@ class Engine:
                 # Far apart, so that no sample of one seed is one of the next. Without a seed, prompts differ, too.
                 apart = new.sample + (new.prompt << 20 if sampling.seed is None else 0)
                 generator = torch.Generator().manual_seed((seed + apart * 0x9E3779B97F4A7C15) % 2**63)
-                like = next((r for r, (of, _) in active.items() if of.prompt == new.prompt), None)
-                active[row] = new, generator
                 prompt = prompts[new.prompt]
                 new.limit = sampling.limit(prompt, self.decoder.max_length)
+                like = next((r for r, (of, _, _) in active.items() if of.prompt == new.prompt), None)
+                active[row] = new, prompt[-1], generator
                 if new.limit == 0:
                     new.finished = "length"
                     yield new
+                    self._leave(this, active, free)
+                elif like is not None:  # another sample of this prompt
+                    self.decoder.copy(like, row, len(prompt) - 1)
                 else:
-                    if (
-                        like is not None
-                    ):  # another sample of this prompt: the last token gives the same logits
-                        self.decoder.copy(like, row, len(prompt) - 1)
-                        prompt = prompt[-1:]
-                    logits = self.decoder.fill(row, torch.tensor(prompt))
-                    self.active = 1
-                    yield self._draw(logits, *active[row], sampling)
-                self._leave(this, active, free)
+                    self.decoder.append(row, torch.tensor(prompt[:-1], dtype=torch.int64))
             if not active:
                 continue
             rows = sorted(active)
-            last = torch.tensor([active[row][0].tokens[-1] for row in rows])
+            last = torch.tensor([active[row][1] for row in rows])
             logits = self.decoder.step(last, torch.tensor(rows))
             self.active = len(rows)
-            for row, of_row in zip(rows, logits, strict=True):
-                yield self._draw(of_row[None], *active[row], sampling)
+            drawn = [(active[row][0], active[row][2]) for row in rows]
+            tokens, logprobs = self._draw(logits, drawn, sampling)
+            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+                of, _, generator = active[row]
+                active[row] = of, token, generator
+                of.tokens.append(token)
+                of.logprobs.append(logprob)
+                if token == sampling.stop_token:
+                    of.finished = "stop"
+                elif len(of.tokens) == of.limit:
+                    of.finished = "length"
+                yield of
             self._leave(this, active, free)
 
     def _leave(self, run: int, active: _Active, free: list[int]) -> None:
         """After each yield: what has ended leaves its row."""
         if self._runs != run:
             raise RuntimeError("Engine.run: expected one run at a time, got another before this one ended")
-        for row in [row for row, (of, _) in active.items() if of.finished]:
+        for row in [row for row, (of, _, _) in active.items() if of.finished]:
             del active[row]
             free.append(row)
             self.decoder.reset(row)
 
     def _draw(
-        self, logits: Tensor, of: Continuation, generator: torch.Generator, sampling: Sampling
-    ) -> Continuation:
+        self, logits: Tensor, drawn: list[tuple[Continuation, torch.Generator]], sampling: Sampling
+    ) -> tuple[list[int], list[float]]:
+        """A token for each row of logits [R, V], with the logarithm of its probability."""
         logits = without_others(logits, self.config.pad_idx, sampling.vocabulary)
-        largest = float(logits.amax())
-        if not math.isfinite(largest):
-            raise FloatingPointError(
-                f"prompt {of.prompt}: expected finite logits after {len(of.tokens)} tokens, got {largest}"
+        for (of, _), largest in zip(drawn, logits.amax(dim=-1).tolist(), strict=True):
+            if not math.isfinite(largest):
+                raise FloatingPointError(
+                    f"prompt {of.prompt}: expected finite logits after {len(of.tokens)} tokens, got {largest}"
+                )
+        how = sampling.temperature, sampling.top_k, sampling.top_p
+        if sampling.temperature == 0:
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = torch.cat(
+                [
+                    sample(row[None], *how, generator)
+                    for row, (_, generator) in zip(logits, drawn, strict=True)
+                ]
             )
-        drawn = sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator)
-        token = int(drawn)
-        of.tokens.append(token)
         # Not torch.logsumexp, whose last bit depends on the number of threads.
-        of.logprobs.append(-float(ops.cross_entropy(logits, drawn, reduction="none", backend=CPU)))
-        if token == sampling.stop_token:
-            of.finished = "stop"
-        elif len(of.tokens) == of.limit:
-            of.finished = "length"
-        return of
+        logprobs = -ops.cross_entropy(logits, tokens, reduction="none", backend=CPU)
+        return tokens.tolist(), logprobs.tolist()
 
 
 class Perplexity(NamedTuple):

@@ -96,6 +96,46 @@ def test_the_same_bits_for_any_number_of_threads(weights: str, batch: int) -> No
     assert all(same_bits(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_heads": 3, "embedding_dim": 33, "hidden_dim": 50, "vocab_size": 103},
+        {
+            "embedding_dim": 64,
+            "hidden_dim": 2048 + 33,
+            "num_layers": 1,
+        },  # more than one stretch of exact sums
+    ],
+    ids=["gpt2", "odd", "long"],
+)
+def test_int8_with_activations_of_16_bits_is_int8_with_activations_of_32(
+    options: dict[str, Any], batch: int, isa: str
+) -> None:
+    decoder, tokens = (
+        Decoder(model(**options), weights="int8", batch=batch),
+        torch.randint(0, 101, (batch, 4)),
+    )
+    decoder.keys, decoder.values = decoder.keys.float(), decoder.values.float()  # no other rounding
+    got = logits_of(decoder, tokens)
+    load_cpu().set_isa("generic")
+    expected = logits_of(decoder, tokens)
+    assert (got - expected).abs().max() < 3e-4 * expected.abs().max()
+    if isa == "avx512_bf16":
+        assert not torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_in_int8(value: float, isa: str) -> None:
+    """Rounded to whole numbers it would look like one."""
+    made = model()
+    with torch.no_grad():
+        made.h[1].mlp.c_proj.bias[5] = value
+    logits = Decoder(made, weights="int8", batch=2).prefill(torch.tensor([[1, 2], [3, 4]]))
+    assert not logits.isfinite().any()
+
+
 def test_int8_rows_are_within_half_a_step() -> None:
     weight = torch.randn(7, 33) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0, 1e-30, 2.0])[:, None]
     packed = quantized(weight, torch.int8)

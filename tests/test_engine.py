@@ -132,7 +132,8 @@ def test_only_the_vocabulary_is_drawn() -> None:
 
 
 def test_log_probabilities_are_the_same_bits_for_any_number_of_threads() -> None:
-    engine = Engine(decoding_model(vocab_size=70_000, embedding_dim=8, num_heads=1, num_layers=1))
+    made = decoding_model(vocab_size=70_000, embedding_dim=8, num_heads=1, num_layers=1)
+    engine = Engine(made)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -141,6 +142,8 @@ def test_log_probabilities_are_the_same_bits_for_any_number_of_threads() -> None
     finally:
         torch.set_num_threads(before)
     assert results[0] == results[1] == results[2]
+    together = Engine(made, batch=4)
+    assert finished(together, PROMPTS, Sampling(10, temperature=0)) == results[0]
 
 
 def test_rows_end_on_their_own() -> None:

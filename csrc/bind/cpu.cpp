@@ -36,7 +36,9 @@ bool cpu_has(const std::string& level) {
                       __builtin_cpu_supports("avx512vl");
   if (level == "avx2") return avx2;
   if (level == "avx512") return avx512;
-  if (level == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (level == "avx512_bf16") {
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  }
 #endif
   return false;
 }

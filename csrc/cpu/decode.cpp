@@ -6,22 +6,25 @@
 //   x += proj(attention(qkv(layer_norm(x)), cache));  x += out(gelu(fc(layer_norm(x))))      for each layer
 //   logits = head(layer_norm(x))
 //
-// Activations and sums are fp32. All threads walk through the layers together and meet at a barrier after
-// each product; a product's outputs are shared out among them, and each output is summed in one order, so
-// that results do not depend on their number.
+// Activations and sums are fp32; where int8_rows.h has a way, int8 weights meet activations of 16 bits. All
+// threads walk through the layers together and meet at a barrier after each product; a product's outputs are
+// shared out among them, and each output is summed in one order, so that results do not depend on their
+// number.
 
 #include <omp.h>
 
 #include "attention_few.h"
 #include "export.h"
 #include "few_rows.h"
+#include "int8_rows.h"
 #include "math.h"
 #include "norm_rows.h"
 
 namespace fg::FG_LEVEL {
 namespace {
 
-constexpr int kInt8 = 3;  // beside enum Dtype
+constexpr int kInt8 = 3;           // beside enum Dtype
+constexpr int64_t kOutputs = 240;  // of a product, whose sums wait for scale and bias
 
 // A product's weight [n, k] with the scale of each row (int8) and its bias; both may be null.
 struct Layer {
@@ -61,6 +64,11 @@ struct Rows {
   float *x, *qkv, *attended, *hidden;
 };
 
+template <class T>
+constexpr bool kIsInt8 = false;
+template <>
+constexpr bool kIsInt8<i8> = true;
+
 inline int64_t padded(int64_t n) { return ceil_div(n, 2 * W) * 2 * W; }
 
 template <class T, class C>
@@ -75,6 +83,8 @@ class Step {
         normed_(s.batch * m.dim),
         stats_(2 * s.batch),
         spread_(s.batch * padded(max_of(m.dim, m.hidden))),
+        sums_(s.batch * kOutputs),
+        scales_(s.batch),
         scores_(s.length + 2 * W),
         query_(4 * padded(m.dim / m.heads)) {}
 
@@ -85,7 +95,8 @@ class Step {
       const Block& block = m_.blocks[l];
       norm(block.ln1_weight, block.ln1_bias);
       product(normed_.data, m_.dim, block.qkv, 3 * m_.dim,
-              [&](int64_t b, int64_t j, float v) FG_LAMBDA { rows_.qkv[b * 3 * m_.dim + j] = v; });
+              [&](int64_t b, int64_t j, F v, auto lanes)
+                  FG_LAMBDA { store(rows_.qkv + b * 3 * m_.dim + j, v, lanes); });
       meet();
       for (int64_t unit = thread_; unit < s_.batch * m_.heads; unit += threads_) {
         attend(l, unit / m_.heads, unit % m_.heads);
@@ -95,15 +106,16 @@ class Step {
       meet();
       norm(block.ln2_weight, block.ln2_bias);
       product(normed_.data, m_.dim, block.fc, m_.hidden,
-              [&](int64_t b, int64_t j, float v) FG_LAMBDA { rows_.hidden[b * m_.hidden + j] = v; });
-      activate();
+              [&](int64_t b, int64_t j, F v, auto lanes)
+                  FG_LAMBDA { store(rows_.hidden + b * m_.hidden + j, activated(v), lanes); });
       meet();
       add_product_of(rows_.hidden, m_.hidden, block.out);
       meet();
     }
     norm(m_.ln_weight, m_.ln_bias);
     product(normed_.data, m_.dim, m_.head, m_.vocabulary,
-            [&](int64_t b, int64_t j, float v) FG_LAMBDA { s_.logits[b * m_.vocabulary + j] = v; });
+            [&](int64_t b, int64_t j, F v, auto lanes)
+                FG_LAMBDA { store(s_.logits + b * m_.vocabulary + j, v, lanes); });
   }
 
  private:
@@ -136,32 +148,46 @@ class Step {
                                             0, s_.batch);
   }
 
+  // emit(b, j, values, lanes) of x W^T + bias for all rows b of x and this thread's outputs j.
   template <class Emit>
   void product(const float* x, int64_t k, const Layer& layer, int64_t n, const Emit& emit) {
     const int64_t ldx = padded(k);
-    for (int64_t b = 0; b < s_.batch; ++b) spread<T>(x + b * k, spread_.data + b * ldx, k);
-    few_rows(spread_.data, ldx, s_.batch, static_cast<const T*>(layer.weight), k, k, begin(n), end(n),
-             [&](int64_t b, int64_t j, float sum) FG_LAMBDA {
-               if (layer.scale != nullptr) sum *= layer.scale[j];
-               emit(b, j, layer.bias != nullptr ? sum + layer.bias[j] : sum);
-             });
+    const T* weight = static_cast<const T*>(layer.weight);
+    constexpr bool pairs = kInt16Pairs && kIsInt8<T>;
+    int16_t* narrow = reinterpret_cast<int16_t*>(spread_.data);
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      if constexpr (pairs)
+        scales_.data[b] = quantize_row(x + b * k, k, narrow + b * ldx);
+      else
+        spread<T>(x + b * k, spread_.data + b * ldx, k);
+    }
+    for (int64_t from = begin(n); from < end(n); from += kOutputs) {
+      const int64_t count = min_of(kOutputs, end(n) - from);
+      if constexpr (pairs)
+        int8_rows(narrow, ldx, s_.batch, weight + from * k, k, k, count, sums_.data, kOutputs);
+      else
+        few_rows(spread_.data, ldx, s_.batch, weight + from * k, k, k, 0, count,
+                 [&](int64_t b, int64_t j, float sum) FG_LAMBDA { sums_.data[b * kOutputs + j] = sum; });
+      for (int64_t b = 0; b < s_.batch; ++b) {
+        const F of_row = set(pairs ? scales_.data[b] : 1.0f);
+        for_lanes<1>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
+          F v = load(sums_.data + b * kOutputs + j, lanes);
+          if (layer.scale != nullptr) v = v * (load(layer.scale + from + j, lanes) * of_row);
+          if (layer.bias != nullptr) v = v + load(layer.bias + from + j, lanes);
+          emit(b, from + j, v, lanes);
+        });
+      }
+    }
   }
 
   void add_product_of(const float* x, int64_t k, const Layer& layer) {
-    product(x, k, layer, m_.dim,
-            [&](int64_t b, int64_t j, float v) FG_LAMBDA { rows_.x[b * m_.dim + j] += v; });
+    product(x, k, layer, m_.dim, [&](int64_t b, int64_t j, F v, auto lanes) FG_LAMBDA {
+      float* to = rows_.x + b * m_.dim + j;
+      store(to, load(to, lanes) + v, lanes);
+    });
   }
 
-  void activate() const {
-    const int64_t first = begin(m_.hidden), count = end(m_.hidden) - first;
-    for (int64_t b = 0; b < s_.batch; ++b) {
-      float* h = rows_.hidden + b * m_.hidden + first;
-      for_lanes<1>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-        const F z = load(h + j, lanes);
-        store(h + j, m_.approximate == kTanh ? gelu<kTanh>(z) : gelu<kErf>(z), lanes);
-      });
-    }
-  }
+  F activated(F z) const { return m_.approximate == kTanh ? gelu<kTanh>(z) : gelu<kErf>(z); }
 
   // One head of one sequence: its key and value into the cache, then softmax(q k^T / sqrt(width)) v over all
   // of them.
@@ -202,7 +228,7 @@ class Step {
   const State& s_;
   const Rows& rows_;
   int64_t thread_, threads_;
-  Scratch normed_, stats_, spread_, scores_, query_;
+  Scratch normed_, stats_, spread_, sums_, scales_, scores_, query_;
 };
 
 template <class T, class C>
