@@ -27,7 +27,8 @@ class Decoder:
     Args:
         model: on the CPU. Its weights are copied: later changes are not seen.
         weights: "fp32", "bf16", or "int8" with a scale for each output (largest magnitude / 127). Activations and
-            sums are fp32; keys and values are bf16, with "fp32" fp32.
+            sums are fp32; keys and values are bf16, with "fp32" fp32. Where the CPU multiplies pairs of 16-bit integers
+            (AVX-512 VNNI and BF16), activations meet int8 weights with 16 bits, of which the largest in a row uses all.
         batch: 1 to 64 sequences; the rows in which their keys and values lie.
         max_length: tokens of a sequence, at most the model's max_seq_length, which it is when None.
 
@@ -152,16 +153,24 @@ class Decoder:
         x = _rows_of(w.embedding, tokens) * w.embedding_scale + w.positions[:length]  # fp32 [T, D]
         for layer, block in enumerate(w.blocks):
             y = _normed(x, block.ln_1, w.eps)
-            qkv = _through(block.qkv, y)
+            qkv = self._through(block.qkv, y)
             heads = qkv.view(length, 3, w.heads, -1).transpose(0, 2)  # [H, 3, T, D / H]
             self.keys[layer, row, :, :length], self.values[layer, row, :, :length] = heads[:, 1], heads[:, 2]
             if layer + 1 == len(w.blocks):
                 return  # what follows is needed for the last token alone
             attended = ops.attention_qkv(qkv[None], w.heads, causal=True, backend=CPU)
-            x = x + _through(block.proj, attended[0].transpose(0, 1).reshape(length, -1))
+            x = x + self._through(block.proj, attended[0].transpose(0, 1).reshape(length, -1))
             y = _normed(x, block.ln_2, w.eps)
-            hidden = _through(block.fc, y, "gelu_tanh" if w.approximate == "tanh" else "gelu")
-            x = x + _through(block.out, hidden)
+            hidden = self._through(block.fc, y, "gelu_tanh" if w.approximate == "tanh" else "gelu")
+            x = x + self._through(block.out, hidden)
+
+    def _through(self, layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
+        """act(x @ weight.T + bias)."""
+        weight, bias = layer.weight, layer.bias
+        if layer.scale is not None:
+            return self._decode.int8_linear(x.float(), layer, activation)
+        bias = None if bias is None else bias.to(weight.dtype)
+        return ops.linear(x.to(weight.dtype), weight, bias, activation=activation, backend=CPU)
 
     def _checked(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         tokens = tokens.as_subclass(Tensor)  # of a subclass the values would not be looked at
@@ -224,15 +233,6 @@ def _rows_of(embedding: Any, tokens: Tensor) -> Tensor:
 
 def _normed(x: Tensor, norm: Any, eps: float) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, eps, backend=CPU)
-
-
-def _through(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias), in the weight's dtype; int8 is widened to bf16, a layer at a time."""
-    weight = layer.weight
-    if layer.scale is not None:
-        weight = (weight * layer.scale[:, None]).bfloat16()
-    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
-    return ops.linear(x.to(weight.dtype), weight, bias, activation=activation, backend=CPU)
 
 
 def _pack(decode: Any, model: GPT, dtype: torch.dtype) -> Any:

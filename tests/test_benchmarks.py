@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, compare, gpt2, gpt_step, limits, proof, report, suites
+from benchmarks import buffers, compare, engines, gpt2, gpt_step, limits, proof, report, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
 from benchmarks.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
 from fastgpt._core import registry
@@ -281,7 +282,7 @@ def test_gpt2_is_timed_beside_the_limit_and_only_where_it_is_right(
     meter.measure.return_value = {name: limits.Limit(1e9, "w") for name in limits.NAMES}
     meter.steps.side_effect = lambda names, measured: {name: (lambda _: None, 1e6) for name in names}
     options = suites.Options(CPU, dtypes=("fp32",), compiled=False)
-    (_, decode), (_, step) = gpt2.jobs(options, suites.Budget(60.0), meter)
+    (_, decode), *_, (_, step) = gpt2.jobs(options, suites.Budget(60.0), meter)
     rows = {row.contender: row for row in step(0.01)}
     assert rows[EAGER].seconds is not None
     assert (rows[FASTGPT].seconds is None) == wrong
@@ -291,6 +292,34 @@ def test_gpt2_is_timed_beside_the_limit_and_only_where_it_is_right(
     decoded = decode(0.01)
     assert {row.dtype for row in decoded} == {"fp32", "bf16", "int8"}
     assert decoded[0].moved > decoded[2].moved > 0
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_another_engine_is_timed_where_it_writes_the_same_texts(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def theirs(model: Any, directory: Path, batch: int, threads: int) -> Any:
+        assert (directory / engines.HUGGING_FACE / "model.safetensors").exists()
+        right = engines.ours(model, "fp32", batch)
+        other = lambda prompts: [[(text[0] + 1) % 97, *text[1:]] for text in right(prompts)]  # noqa: E731
+        return nullcontext({"fp32": other if wrong else right, "bf16": other})
+
+    for name, value in {"PROMPT": 3, "NEW": 4, "hugging_face": theirs}.items():
+        monkeypatch.setattr(engines, name, value)
+    monkeypatch.setattr(
+        engines, "measure", lambda steps, device, **how: measure(steps, device, **{**how, "seconds": 0.01})
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "transformers" or None)
+    model = GPTConfig(vocab_size=97, embedding_dim=32, num_heads=2, num_layers=2, max_seq_length=16)
+    rows = {(row.contender, row.dtype): row for row in engines.rows(model, 3, CPU, 0.01)}
+    assert {kind for name, kind in rows if name == FASTGPT} == {"fp32", "bf16", "int8"}
+    assert all(row.seconds for (name, _), row in rows.items() if name == FASTGPT)
+    assert (rows[engines.HUGGING_FACE, "fp32"].seconds is None) == wrong
+    said = "0 of 3 texts as ours in fp32, not the same work" if wrong else "3 of 3 texts as ours in fp32"
+    assert rows[engines.HUGGING_FACE, "fp32"].note == said
+    assert rows[engines.HUGGING_FACE, "bf16"].seconds is not None  # rounded weights say other things
+    assert rows[engines.LLAMA_CPP, "fp32"].note == "llama_cpp and gguf not installed"
+    assert rows[FASTGPT, "int8"].tokens == 12
 
 
 def test_compare_calls_only_separate_ranges_a_difference() -> None:

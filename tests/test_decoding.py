@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastgpt_kernels import load_cpu
-from fastgpt_kernels.cpu.decode import quantized
+from fastgpt_kernels.cpu.decode import int8_linear, quantized
 
 from fastgpt import GPT
 from fastgpt.decoding import Decoder
@@ -124,6 +125,34 @@ def test_int8_with_activations_of_16_bits_is_int8_with_activations_of_32(
     assert (got - expected).abs().max() < 3e-4 * expected.abs().max()
     if isa == "avx512_bf16":
         assert not torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n"), [(1, 1, 1), (3, 31, 5), (65, 64, 241), (130, 2100, 130), (7, 33, 700)]
+)
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+def test_int8_products_of_many_rows(rows: int, k: int, n: int, activation: str | None, isa: str) -> None:
+    """Beside fp64 on x as it is: 2^-16 of a row's largest for each x. A row is the same bits in any company."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, k) * torch.logspace(-3, 3, rows)[:, None]
+    layer = quantized(torch.randn(n, k), torch.int8)._replace(bias=torch.randn(n))
+    got = int8_linear(x, layer, activation)
+    assert layer.scale is not None
+    assert layer.bias is not None
+    weight = layer.weight.double() * layer.scale.double()[:, None]
+    exact = x.double() @ weight.T + layer.bias.double()
+    of_x = 2.0**-16 * x.double().abs().amax(1, keepdim=True) * weight.abs().sum(1)
+    of_sum = k * 2.0**-24 * (x.double().abs() @ weight.abs().T) + 2.0**-22 * exact.abs()
+    if activation is not None:
+        exact = F.gelu(exact, approximate="tanh" if activation == "gelu_tanh" else "none")
+    assert bool(((got - exact).abs() <= 1.2 * (of_x + of_sum) + 1e-6).all())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for first, last in ((0, 1), (1, rows), (rows // 2, rows)):
+            assert same_bits(int8_linear(x[first:last], layer, activation), got[first:last])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -15,22 +15,16 @@
 
 #include "attention_few.h"
 #include "export.h"
-#include "few_rows.h"
-#include "int8_rows.h"
+#include "gemm.h"
 #include "math.h"
 #include "norm_rows.h"
+#include "product.h"
 
 namespace fg::FG_LEVEL {
 namespace {
 
-constexpr int kInt8 = 3;           // beside enum Dtype
-constexpr int64_t kOutputs = 240;  // of a product, whose sums wait for scale and bias
+constexpr int kInt8 = 3;  // beside enum Dtype
 
-// A product's weight [n, k] with the scale of each row (int8) and its bias; both may be null.
-struct Layer {
-  const void* weight;
-  const float *scale, *bias;
-};
 struct Block {
   const float *ln1_weight, *ln1_bias;
   Layer qkv, proj;
@@ -64,13 +58,6 @@ struct Rows {
   float *x, *qkv, *attended, *hidden;
 };
 
-template <class T>
-constexpr bool kIsInt8 = false;
-template <>
-constexpr bool kIsInt8<i8> = true;
-
-inline int64_t padded(int64_t n) { return ceil_div(n, 2 * W) * 2 * W; }
-
 template <class T, class C>
 class Step {
  public:
@@ -82,9 +69,7 @@ class Step {
         threads_(threads),
         normed_(s.batch * m.dim),
         stats_(2 * s.batch),
-        spread_(s.batch * padded(max_of(m.dim, m.hidden))),
-        sums_(s.batch * kOutputs),
-        scales_(s.batch),
+        product_(s.batch, max_of(m.dim, m.hidden)),
         scores_(s.length + 2 * W),
         query_(4 * padded(m.dim / m.heads)) {}
 
@@ -151,33 +136,8 @@ class Step {
   // emit(b, j, values, lanes) of x W^T + bias for all rows b of x and this thread's outputs j.
   template <class Emit>
   void product(const float* x, int64_t k, const Layer& layer, int64_t n, const Emit& emit) {
-    const int64_t ldx = padded(k);
-    const T* weight = static_cast<const T*>(layer.weight);
-    constexpr bool pairs = kInt16Pairs && kIsInt8<T>;
-    int16_t* narrow = reinterpret_cast<int16_t*>(spread_.data);
-    for (int64_t b = 0; b < s_.batch; ++b) {
-      if constexpr (pairs)
-        scales_.data[b] = quantize_row(x + b * k, k, narrow + b * ldx);
-      else
-        spread<T>(x + b * k, spread_.data + b * ldx, k);
-    }
-    for (int64_t from = begin(n); from < end(n); from += kOutputs) {
-      const int64_t count = min_of(kOutputs, end(n) - from);
-      if constexpr (pairs)
-        int8_rows(narrow, ldx, s_.batch, weight + from * k, k, k, count, sums_.data, kOutputs);
-      else
-        few_rows(spread_.data, ldx, s_.batch, weight + from * k, k, k, 0, count,
-                 [&](int64_t b, int64_t j, float sum) FG_LAMBDA { sums_.data[b * kOutputs + j] = sum; });
-      for (int64_t b = 0; b < s_.batch; ++b) {
-        const F of_row = set(pairs ? scales_.data[b] : 1.0f);
-        for_lanes<1>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
-          F v = load(sums_.data + b * kOutputs + j, lanes);
-          if (layer.scale != nullptr) v = v * (load(layer.scale + from + j, lanes) * of_row);
-          if (layer.bias != nullptr) v = v + load(layer.bias + from + j, lanes);
-          emit(b, from + j, v, lanes);
-        });
-      }
-    }
+    product_.take(x, s_.batch, k);
+    product_.outputs(layer, begin(n), end(n), emit);
   }
 
   void add_product_of(const float* x, int64_t k, const Layer& layer) {
@@ -228,7 +188,9 @@ class Step {
   const State& s_;
   const Rows& rows_;
   int64_t thread_, threads_;
-  Scratch normed_, stats_, spread_, sums_, scales_, scores_, query_;
+  Scratch normed_, stats_;
+  Product<T> product_;
+  Scratch scores_, query_;
 };
 
 template <class T, class C>
@@ -283,6 +245,28 @@ void decode_step(const int64_t* tokens, const int64_t* positions, const int64_t*
   with_cache(Type<float>{});
 }
 
+// y [rows, n] = act(x W^T + bias), all but W fp32; W [n, k] int8 with a scale for each row; bias may be null.
+// A row's results are those of a step of decoding.
+void int8_linear(const float* x, const void* weight, const float* scale, const float* bias, float* y,
+                 int64_t rows, int64_t k, int64_t n, int activation, int num_threads) {
+  const Layer layer{weight, scale, bias};
+  // Rows that stay in the second cache while W passes over them; where those are few, parts of W are shared
+  // out.
+  const int64_t block = min_of(64, max_of(1, rows)), blocks = ceil_div(rows, block);
+  const int64_t parts = blocks < 2 * num_threads ? min_of(max_of(1, num_threads), ceil_div(n, 64)) : 1;
+  parallel_chunks(blocks * parts, 1, rows * n * k, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / parts * block, part = unit % parts;
+      Product<i8> product(block, k);
+      product.take(x + first * k, min_of(block, rows - first), k);
+      product.outputs(layer, n * part / parts, n * (part + 1) / parts,
+                      [&](int64_t r, int64_t j, F v, auto lanes) FG_LAMBDA {
+                        store(y + (first + r) * n + j, activated<float>(v, activation), lanes);
+                      });
+    }
+  });
+}
+
 }  // namespace fg::FG_LEVEL
 
-FG_EXPORTS(decode, FG_EXPORT(decode_step))
+FG_EXPORTS(decode, FG_EXPORT(decode_step), FG_EXPORT(int8_linear))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels
+from fastgpt_kernels.cpu.gemm import ACTIVATIONS
 
 _INT8 = 3  # kInt8 in decode.cpp
 _APPROXIMATE = {"none": 0, "tanh": 1}
@@ -109,6 +110,17 @@ def decode_step(
         DTYPE_CODES[keys.dtype], get_num_threads(),
     )  # fmt: skip
     return logits
+
+
+def int8_linear(x: Tensor, layer: Packed, activation: str | None = None) -> Tensor:
+    """act(x @ weight.T + bias) [T, n] in fp32 of x [T, k], fp32, and int8 weights: a row is what a step makes of it."""
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], layer.weight.shape[0])
+    kernels.int8_linear(
+        x.data_ptr(), layer.weight.data_ptr(), _at(layer.scale), _at(layer.bias), y.data_ptr(), *x.shape, y.shape[1],
+        ACTIVATIONS[activation], get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def _flat(packed: Packed) -> tuple[Tensor | None, ...]:
