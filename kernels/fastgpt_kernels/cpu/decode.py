@@ -113,7 +113,7 @@ def decode_step(
 
 
 def int8_linear(x: Tensor, layer: Packed, activation: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias) [T, n] in fp32 of x [T, k], fp32, and int8 weights: a row is what a step makes of it."""
+    """act(x @ weight.T + bias) [T, n], fp32, of x [T, k], fp32, and int8 weights: each row as a step makes it."""
     x = x.contiguous()
     y = torch.empty(x.shape[0], layer.weight.shape[0])
     kernels.int8_linear(
