@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.results import FASTGPT, Row
-from benchmarks.timing import measure
 from fastgpt.decoding import WEIGHTS
 from fastgpt.generate import Engine, Sampling
 from fastgpt.models.gpt import GPT, GPTConfig
+from benchmarks.timing import measure
 from fastgpt.train.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 OP = "gpt2_generate"
 PROMPT, NEW = 16, 64
 BATCHES = (1, 8, 32)
-BEGIN = 4  # tokens of each text in fp32 that must be ours: one of 50,257 by chance would be; later rounding chooses
+# In fp32 so many first tokens of so many texts must be ours: by chance one of 50,257 would be. Where two are nearly
+# as likely as each other rounding chooses, in llama.cpp also that of its GELU, a table in fp16.
+BEGIN, AGREE = 4, 0.9
 HUGGING_FACE, CTRANSLATE2, LLAMA_CPP = "hugging face", "ctranslate2", "llama.cpp"
 NEEDED = {
     HUGGING_FACE: ("transformers",),
@@ -73,8 +75,8 @@ def rows(config: GPTConfig, batch: int, device: torch.device, seconds: float) ->
             got = generate(ids)
             same = sum(a == b for a, b in zip(got, expected, strict=True))
             notes[name, weights] = f"{same} of {batch} texts as ours in fp32"
-            other = any(a[:BEGIN] != b[:BEGIN] for a, b in zip(got, expected, strict=True))
-            if [len(text) for text in got] != [NEW] * batch or (weights == "fp32" and other):
+            alike = sum(a[:BEGIN] == b[:BEGIN] for a, b in zip(got, expected, strict=True))
+            if [len(text) for text in got] != [NEW] * batch or (weights == "fp32" and alike < AGREE * batch):
                 notes[name, weights] += ", not the same work"
                 del ready[name, weights]
         timings = measure(

@@ -15,6 +15,7 @@ from fastgpt import nn, ops
 from fastgpt._core.dispatch import BackendError, backends, explain, use_backend
 from fastgpt._core.memory import keep_large_blocks
 from fastgpt.generate import generate
+from fastgpt.interop import PatchReport, patch, unpatch
 from fastgpt.models.gpt import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -26,13 +27,16 @@ __all__ = [
     "GPT",
     "BackendError",
     "GPTConfig",
+    "PatchReport",
     "backends",
     "explain",
     "generate",
     "keep_large_blocks",
     "nn",
     "ops",
+    "patch",
     "testing",
+    "unpatch",
     "use_backend",
 ]
 

@@ -27,8 +27,9 @@ class Decoder:
     Args:
         model: on the CPU. Its weights are copied: later changes are not seen.
         weights: "fp32", "bf16", or "int8" with a scale for each output (largest magnitude / 127). Activations and
-            sums are fp32; keys and values are bf16, with "fp32" fp32. Where the CPU multiplies pairs of 16-bit
-            integers (AVX-512 VNNI), activations meet int8 weights with 16 bits; the largest of a row uses all.
+            sums are fp32; keys and values are bf16, with "fp32" fp32. Where the CPU multiplies pairs (AVX-512 BF16
+            and VNNI), activations meet bf16 weights as bf16, subnormals as zero, and int8 weights as 16-bit integers
+            of which the largest in a row uses all.
         batch: 1 to 64 sequences; the rows in which their keys and values lie.
         max_length: tokens of a sequence, at most the model's max_seq_length, which it is when None.
 

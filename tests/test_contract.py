@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fastgpt.models": _MODEL,
     "fastgpt.decoding": (*_MODEL, "fastgpt_kernels.cpu.decode"),
     "fastgpt.generate": (*_MODEL, "fastgpt._core", "fastgpt.decoding"),
+    "fastgpt.interop": ("fastgpt.interop", "fastgpt.ops"),
     "fastgpt.train": (*_MODEL, "fastgpt._core", "fastgpt.train", "fastgpt.generate"),
     "fastgpt.tasks": (*_MODEL, "fastgpt.decoding", "fastgpt.generate", "fastgpt.train", "fastgpt.tasks"),
     "fastgpt.testing": (
@@ -93,6 +94,10 @@ def test_the_engine_needs_torch_alone(path: Path) -> None:
     # Of the files of models, and imported where they are read or written.
     files = {"safetensors", "huggingface_hub", "gensim"}
     extras = files if inside(module, "fastgpt.models") else set()
+    if module == "fastgpt.interop.attention":  # when a model of transformers is patched
+        extras = {"transformers"}
+    if module == "fastgpt.testing.cases":  # a decorator of tests, where pytest is at work already
+        extras = {"pytest"}
     if inside(module, "fastgpt_kernels.triton"):  # imported where there is a GPU, or to be proven
         extras = {"triton", "numpy"} if module.endswith(".interpreter") else {"triton"}
     for name in imports(path):

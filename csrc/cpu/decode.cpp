@@ -6,7 +6,7 @@
 //   x += proj(attention(qkv(layer_norm(x)), cache));  x += out(gelu(fc(layer_norm(x))))      for each layer
 //   logits = head(layer_norm(x))
 //
-// Activations and sums are fp32; where int8_rows.h has a way, int8 weights meet activations of 16 bits. All
+// Activations and sums are fp32; where pair_rows.h has a way, activations meet weights with 16 bits. All
 // threads walk through the layers together and meet at a barrier after each product; a product's outputs are
 // shared out among them, and each output is summed in one order, so that results do not depend on their
 // number.

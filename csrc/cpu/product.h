@@ -3,7 +3,7 @@
 #pragma once
 
 #include "few_rows.h"
-#include "int8_rows.h"
+#include "pair_rows.h"
 
 namespace fg::FG_LEVEL {
 
@@ -15,14 +15,9 @@ struct Layer {
   const float *scale, *bias;
 };
 
-template <class T>
-constexpr bool kIsInt8 = false;
-template <>
-constexpr bool kIsInt8<i8> = true;
-
 inline int64_t padded(int64_t n) { return ceil_div(n, 2 * W) * 2 * W; }
 
-// x W^T + bias for a W of type T. Where the CPU multiplies pairs of 16 bits, x meets int8 with as many.
+// x W^T + bias for a W of type T. Where the CPU multiplies pairs of 16 bits, x has as many (pair_rows.h).
 template <class T>
 class Product {
  public:
@@ -35,8 +30,8 @@ class Product {
   void take(const float* x, int64_t rows, int64_t k) {
     rows_ = rows, k_ = k, ldx_ = padded(k);
     for (int64_t r = 0; r < rows; ++r) {
-      if constexpr (kPairs)
-        scales_.data[r] = quantize_row(x + r * k, k, narrow_ + r * ldx_);
+      if constexpr (kByPairs<T>)
+        scales_.data[r] = narrow_row(x + r * k, k, narrow_ + r * ldx_, T{});
       else
         spread<T>(x + r * k, x_.data + r * ldx_, k);
     }
@@ -48,13 +43,13 @@ class Product {
     for (int64_t from = begin; from < end; from += kOutputs) {
       const int64_t count = min_of(kOutputs, end - from);
       const T* weight = static_cast<const T*>(layer.weight) + from * k_;
-      if constexpr (kPairs)
-        int8_rows(narrow_, ldx_, rows_, weight, k_, k_, count, sums_.data, kOutputs);
+      if constexpr (kByPairs<T>)
+        pair_rows(narrow_, ldx_, rows_, weight, k_, k_, count, sums_.data, kOutputs);
       else
         few_rows(x_.data, ldx_, rows_, weight, k_, k_, 0, count,
                  [&](int64_t r, int64_t j, float sum) FG_LAMBDA { sums_.data[r * kOutputs + j] = sum; });
       for (int64_t r = 0; r < rows_; ++r) {
-        const F of_row = set(kPairs ? scales_.data[r] : 1.0f);
+        const F of_row = set(kByPairs<T> ? scales_.data[r] : 1.0f);
         for_lanes<1>(count, [&](int64_t j, int, auto lanes) FG_LAMBDA {
           F v = load(sums_.data + r * kOutputs + j, lanes);
           if (layer.scale != nullptr) v = v * (load(layer.scale + from + j, lanes) * of_row);
@@ -66,7 +61,6 @@ class Product {
   }
 
  private:
-  static constexpr bool kPairs = kInt16Pairs && kIsInt8<T>;
   Scratch x_, sums_, scales_;
   int16_t* narrow_;  // x_, where it is int16
   int64_t rows_ = 0, k_ = 0, ldx_ = 0;

@@ -1,0 +1,209 @@
+"""MLP blocks, found by what they are made of and proven by what they do.
+
+A block is a module whose only children are two layers with an activation (GELU) between them, or three with a gated
+one (GELU or SiLU), or one layer and its GELU, with dropouts anywhere. What its `forward` makes of them is not guessed
+from names: a copy of the block with tiny layers and telling dropouts is run beside the formula in fp64, and must give
+the same. So a block of an unknown model is taken as well as a known one, and one that does something else between (a
+clip, a sum, another order) is left.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.interop.layers import approximate_of, is_plain
+from fastgpt.interop.swap import ROLES
+from fastgpt.ops.linear import APPROXIMATE
+
+_NAMES = {approximate: name for name, approximate in APPROXIMATE.items()}  # of activations
+WIDTH, HIDDEN = 5, 7  # of the tiny block
+
+
+class Roles(NamedTuple):
+    """Names of children: layers in the order in which x meets them; dropouts after the activation and at the end."""
+
+    layers: tuple[str, ...]  # (one,), (first, second) or (gate, up, down)
+    activation: str
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+
+
+class FusedBlock:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module: Any = self
+        roles: Roles = module.__dict__[ROLES]
+        layers = [module._modules[name] for name in roles.layers]
+        activation = module._modules[roles.activation]
+        if args or kwargs or not _is_as_it_was(layers, activation, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        dropouts = [module._modules[name] for name in roles.inner]
+        approximate = approximate_of(activation)
+        if len(layers) == 3:
+            gate, up = layers[0](x), layers[1](x)
+            if approximate is None:
+                y = ops.swiglu(gate, up)
+            else:
+                y = ops.geglu(gate, up, approximate=approximate)
+            y = layers[2](_through(dropouts, y))
+        else:
+            (w1, b1), name = weight_and_bias(layers[0]), _NAMES[approximate or "none"]
+            if len(layers) == 1:
+                y = _through(dropouts, ops.linear(x, w1, b1, activation=name))
+            elif _does_nothing(dropouts):
+                y = ops.mlp(x, w1, b1, *weight_and_bias(layers[1]), activation=name)
+            else:
+                y = _through(dropouts, ops.linear(x, w1, b1, activation=name))
+                y = ops.linear(y, *weight_and_bias(layers[1]))
+        return _through([module._modules[name] for name in roles.outer], y)
+
+
+def find_roles(module: nn.Module) -> Roles | str | None:
+    """The roles of a block's children; None if it does not look like one, or why it is none though it does."""
+    children = dict(module.named_children())
+    layers = [name for name, child in children.items() if is_layer(child)]
+    activations = [n for n, child in children.items() if approximate_of(child) is not None or is_silu(child)]
+    dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
+    found = len(layers) + len(activations) + len(dropouts)
+    if len(activations) != 1 or not 1 <= len(layers) <= 3 or found != len(children) or module._parameters:
+        return None
+    activation = activations[0]
+    if len(layers) < 3 and is_silu(children[activation]):
+        return None
+    shapes = {name: weight_and_bias(children[name])[0].shape for name in layers}
+    for order in permutations(layers):
+        if len(order) == 3 and shapes[order[0]] != shapes[order[1]]:
+            continue
+        places = _try_out(module, order, activation, dropouts)
+        if places is not None:
+            inner, outer = places
+            return Roles(order, activation, inner, outer)
+    return "does something else with its layers than an MLP"
+
+
+def _try_out(
+    module: nn.Module, layers: tuple[str, ...], activation: str, dropouts: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(dropouts after the activation, dropouts at the end) if the block computes the formula, else None."""
+    tiny = copy.copy(module)
+    # In training, where a dropout that is no module shows.
+    tiny.__dict__ = {**module.__dict__, "_modules": dict(module._modules), "training": True}
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(n: int, k: int, bias: bool) -> nn.Linear:
+        made = nn.Linear(k, n, bias, dtype=torch.float64)
+        for p in made.parameters():
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        return made
+
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        biased = [weight_and_bias(module._modules[name])[1] is not None for name in layers]  # type: ignore[arg-type]
+        widths = (
+            [(HIDDEN, WIDTH)]
+            if len(layers) == 1
+            else [(HIDDEN, WIDTH)] * (len(layers) - 1) + [(WIDTH, HIDDEN)]
+        )
+        made = [layer(n, k, bias) for (n, k), bias in zip(widths, biased, strict=True)]
+        tiny._modules |= dict(zip(layers, made, strict=True))
+        factors = {name: 2.0 + i for i, name in enumerate(dropouts)}
+        tiny._modules |= {name: _Times(factor) for name, factor in factors.items()}
+        # Large and small, so that a clip or another activation shows.
+        x = (
+            torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
+            * torch.logspace(-2, 2, 6)[:, None]
+        )
+        try:
+            got = tiny(x)
+        except Exception:  # whatever it needs beside x: it is no MLP of x
+            return None
+        act = _formula(module._modules[activation])
+        for chosen in range(2 ** len(dropouts)):
+            inner = tuple(name for i, name in enumerate(dropouts) if chosen >> i & 1)
+            outer = tuple(name for name in dropouts if name not in inner)
+            hidden = act(made[0](x)) * (made[1](x) if len(layers) == 3 else 1.0)
+            for name in inner:
+                hidden = hidden * factors[name]
+            if len(layers) == 1 and outer:  # there, the end is after the activation
+                continue
+            y = hidden if len(layers) == 1 else made[-1](hidden)
+            for name in outer:
+                y = y * factors[name]
+            if (
+                isinstance(got, Tensor)
+                and got.shape == y.shape
+                and bool(torch.isclose(got, y, rtol=1e-6).all())
+            ):
+                return inner, outer
+    return None
+
+
+class _Times(nn.Module):
+    """Stands for a dropout, to show where it acts."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def _formula(activation: nn.Module | None) -> Any:
+    approximate = None if activation is None else approximate_of(activation)
+    return F.silu if approximate is None else lambda x: F.gelu(x, approximate=approximate)
+
+
+def is_layer(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.Linear or (
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    )
+
+
+def is_silu(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.SiLU or (
+        kind.__name__ == "SiLUActivation" and kind.__module__ == "transformers.activations"
+    )
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [n, k] (of Conv1D, which keeps [k, n], a view) and the bias."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    return (weight if type(layer) is nn.Linear else weight.t()), bias
+
+
+def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
+    """No layer has been exchanged, hooked or brought to another dtype since (adapters, quantisation)."""
+    if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+        return False
+    if len(layers) == 3:  # they are called as they are
+        return approximate_of(activation) is not None or is_silu(activation)
+    dtypes = {x.dtype, *(p.dtype for layer in layers for p in layer._parameters.values() if p is not None)}
+    return (
+        all(
+            is_plain(layer, nn.Linear) or (is_layer(layer) and is_plain(layer, type(layer)))
+            for layer in layers
+        )
+        and approximate_of(activation) is not None
+        and (len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type))
+    )
+
+
+def _does_nothing(dropouts: list[Any]) -> bool:
+    return all(not d.p or not d.training for d in dropouts) and not any(
+        d._forward_hooks or d._forward_pre_hooks for d in dropouts
+    )
+
+
+def _through(dropouts: list[Any], x: Tensor) -> Tensor:
+    for dropout in dropouts:
+        x = dropout(x)
+    return x
