@@ -1,4 +1,4 @@
-"""`fastgpt.patch` on PyTorch's own modules: the same results, the same objects, and nothing that is not understood."""
+"""`fastgpt.patch` on PyTorch's own modules: the same results, the same objects, nothing that is not understood."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from fastgpt.interop import KINDS, PatchReport
 from fastgpt.interop.swap import original
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of a dtype's rounding, for layers on each other; PyTorch's own results are up to 27 and 19 from fp64 here. It is fp32
+# that tells right from wrong: tanh for erf is 4,000 units of it, a token too many in sight a million.
+UNITS = {torch.float32: 100.0, torch.bfloat16: 25.0}
 
 
 class Model(nn.Module):
@@ -68,21 +71,22 @@ def results(module: nn.Module, call: Any, inputs: list[Tensor]) -> dict[str, Ten
     return found
 
 
-def check_same(module: nn.Module, call: Any, inputs: list[Tensor], units: float = 16.0) -> PatchReport:
-    """The patched copy beside the module itself in fp64: each result within `units` of its dtype's rounding."""
+def check_same(module: nn.Module, call: Any, inputs: list[Tensor]) -> PatchReport:
+    """The patched copy beside the module itself in fp64, each result within UNITS."""
     patched = copy.deepcopy(module)
     report = fastgpt.patch(patched)
     exact_module = copy.deepcopy(module).double()
     exact = results(exact_module, call, [x.double() if x.is_floating_point() else x for x in inputs])
     got = results(patched, call, inputs)
     assert got.keys() == exact.keys()
-    unit = torch.finfo(next(module.parameters()).dtype).eps
+    dtype = next(module.parameters()).dtype
+    unit = torch.finfo(dtype).eps
     largest = max(float(value.norm()) for name, value in exact.items() if name != "out")
     for name, value in exact.items():
         floor = 1e-3 * largest if name != "out" else 0.0  # of gradients that are zero but for rounding
         off = float((got[name].double() - value).norm()) / (float(value.norm()) + floor)
-        assert off <= units * unit, f"{name}: {off / unit:.1f} units"
-        assert got[name].dtype == next(module.parameters()).dtype
+        assert off <= UNITS[dtype] * unit, f"{name}: {off / unit:.1f} units"
+        assert got[name].dtype == dtype
     return report
 
 
@@ -124,7 +128,7 @@ def test_the_module_stays_the_object_that_it_is() -> None:
 
 def test_copies_pickles_and_saved_models_are_patched_too() -> None:
     model, x = shaken(Model()).eval(), torch.randn(4, 16)
-    fastgpt.patch(model)
+    report = fastgpt.patch(model)
     expected, file = model(x), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -137,7 +141,7 @@ def test_copies_pickles_and_saved_models_are_patched_too() -> None:
         assert original(type(other.norm)) is nn.LayerNorm
         assert type(other.norm) is type(model.norm)
         assert other.norm.weight is not model.norm.weight
-        assert fastgpt.unpatch(other) == 5
+        assert fastgpt.unpatch(other) == len(report.replaced)
     assert type(model.norm) is not nn.LayerNorm
 
 
@@ -329,7 +333,7 @@ class Residual(Named2):
 )
 def test_blocks_are_found_by_what_they_do(block: nn.Module, by: str, dtype: str) -> None:
     module = shaken(copy.deepcopy(block)).to(DTYPES[dtype]).eval()
-    report = check_same(module, lambda m, x: m(x), [torch.randn(5, 16).to(DTYPES[dtype])], units=24)
+    report = check_same(module, lambda m, x: m(x), [torch.randn(5, 16).to(DTYPES[dtype])])
     assert [e.by for e in report.entries if e.kind == "mlp"] == [by]
 
 
@@ -395,7 +399,7 @@ def test_multihead_attention(dtype: str, cross: bool, kind: str, batch_first: bo
 
     inputs = [torch.randn(3, 6, 32), torch.randn(3, keys, 32)]
     inputs = [(x if batch_first else x.transpose(0, 1).contiguous()).to(DTYPES[dtype]) for x in inputs]
-    report = check_same(module, call, inputs, units=24)
+    report = check_same(module, call, inputs)
     assert [e.by for e in report.replaced] == ["ops.attention"]
 
 
@@ -425,15 +429,12 @@ def test_transformer_layers(dtype: str, options: str, training: bool) -> None:
     decoder = shaken(nn.TransformerDecoderLayer(**made), 1).to(DTYPES[dtype]).train(training)  # type: ignore[arg-type]
     x, memory = (torch.randn(3, n, 32).to(DTYPES[dtype]) for n in (6, 9))
     causal, padding = torch.ones(6, 6, dtype=torch.bool).triu(1), masks("padding", 6, 6)["key_padding_mask"]
-    report = check_same(
-        encoder, lambda m, x: m(x, src_mask=causal, src_key_padding_mask=padding), [x], units=32
-    )
+    report = check_same(encoder, lambda m, x: m(x, src_mask=causal, src_key_padding_mask=padding), [x])
     assert [e.kind for e in report.replaced].count("transformer") == 2
     check_same(
         decoder,
         lambda m, x, memory: m(x, memory, tgt_mask=causal, tgt_is_causal=True, tgt_key_padding_mask=padding),
         [x, memory],
-        units=32,
     )
 
 

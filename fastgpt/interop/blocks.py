@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.interop.layers import approximate_of, is_plain
-from fastgpt.interop.swap import ROLES
+from fastgpt.interop.swap import ROLES, original
 from fastgpt.ops.linear import APPROXIMATE
 
 _NAMES = {approximate: name for name, approximate in APPROXIMATE.items()}  # of activations
@@ -92,6 +92,7 @@ def _try_out(
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """(dropouts after the activation, dropouts at the end) if the block computes the formula, else None."""
     tiny = copy.copy(module)
+    tiny.__class__ = original(type(module))
     # In training, where a dropout that is no module shows.
     tiny.__dict__ = {**module.__dict__, "_modules": dict(module._modules), "training": True}
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 A language model of transformers computes its logits, and its loss from them. Its head, replaced, gives a tensor that
 knows how to become the logits; `cross_entropy` of it is `ops.linear_cross_entropy`, which never has them whole in
-memory, and anything else that is done with it is done with the logits.
+memory. Anything else that is done with it is done with the logits, from then on those.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+
+_Untouched: Any = torch._C.DisableTorchFunctionSubclass
 
 
 class FusedHead:
@@ -30,36 +32,23 @@ class FusedHead:
             input, weight = input.to(lower), weight.to(lower)
         if input.dtype != weight.dtype:
             return super().forward(input)  # type: ignore[misc]
-        return LazyLogits.of(input, weight)
+        return _promised((*input.shape[:-1], weight.shape[0]), input.dtype, input, weight, [])
 
 
 class LazyLogits(Tensor):
-    """x @ weight.T, computed on the first use but for shape, dtype and device, `view`, `float` and cross-entropy."""
+    """x @ weight.T, computed on first use but for shape and dtype, `view`, `float`, `contiguous` and cross-entropy."""
 
     _x: Tensor
     _weight: Tensor
-    _made: list[Tensor]  # the logits [..., V], once they are there; shared by all views
-
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor) -> LazyLogits:
-        shape = (*x.shape[:-1], weight.shape[0])
-        return cls._like(shape, x.dtype, x, weight, [])
-
-    @classmethod
-    def _like(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor, weight: Tensor, made: list[Tensor]
-    ) -> LazyLogits:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device, requires_grad=False)
-        self._x, self._weight, self._made = x, weight, made
-        return self
+    _made: list[Tensor]  # the logits, once they are there; of all views together, which share memory
 
     def logits(self) -> Tensor:
         """The tensor itself, with its graph."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with _Untouched():
             shape, dtype = self.shape, self.dtype
         if not self._made:
-            self._made.append(ops.linear(self._x, self._weight))
-        return self._made[0].reshape(shape).to(dtype)
+            self._made.append(ops.linear(self._x, self._weight).to(dtype))
+        return self._made[0].view(shape)
 
     @classmethod
     def __torch_function__(
@@ -69,27 +58,19 @@ class LazyLogits(Tensor):
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
             if func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
+                with _Untouched():
                     return func(*args, **kwargs)
-            if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-                return True
-            if func in _VIEWS and not kwargs:
-                kept = first._viewed(args[1] if len(args) == 2 else args[1:])
-                if kept is not None:
-                    return kept
-            if func in (Tensor.float, Tensor.contiguous) and len(args) == 1 and not kwargs:
-                return first._in(torch.float32) if func is Tensor.float else first
-            if func is F.cross_entropy:
-                loss = _cross_entropy(*args, **kwargs)
-                if loss is not None:
-                    return loss
+            if not first._made:  # of logits that are there somebody may have changed some
+                lazy = _without_logits(func, first, args[1:], kwargs)
+                if lazy is not None:
+                    return lazy
         return func(*_made(args), **_made(kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Reached by what passes by torch functions: better an error than numbers without a gradient.
+        # What passes by torch functions: better an error than numbers without a gradient.
         raise NotImplementedError(
             f"{func}: expected a tensor, got logits that are not computed: use logits.clone()"
         )
@@ -97,45 +78,91 @@ class LazyLogits(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.logits().__reduce_ex__(protocol)
 
-    def _viewed(self, shape: Any) -> LazyLogits | None:
-        """Rows in another arrangement; None if the last dimension is not kept."""
-        with torch._C.DisableTorchFunctionSubclass():
-            dtype, width = self.dtype, Tensor.size(self, -1)
-            rows = self._x.shape[:-1]
-        if not isinstance(shape, (tuple, list, torch.Size)):
-            shape = (shape,)
-        if len(shape) < 2 or shape[-1] not in (width, -1) or not all(isinstance(n, int) for n in shape):
-            return None
-        count = rows.numel()
-        lead = list(shape[:-1])
-        if shape[-1] == -1:
-            if -1 in lead:
-                return None
-        elif lead.count(-1) == 1:
-            known = -torch.Size(lead).numel()
-            if known == 0 or count % known:
-                return None
-            lead[lead.index(-1)] = count // known
-        if torch.Size(lead).numel() != count:
-            return None
-        return self._like((*lead, width), dtype, self._x, self._weight, self._made)
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.logits().__deepcopy__(memo)
 
-    def _in(self, dtype: torch.dtype) -> LazyLogits:
-        with torch._C.DisableTorchFunctionSubclass():
-            shape = tuple(self.shape)
-        return self._like(shape, dtype, self._x, self._weight, self._made)
+
+class _Promise(torch.autograd.Function):
+    """Ties what is not computed yet to the graph, for who looks for parameters there (DistributedDataParallel)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return Tensor._make_wrapper_subclass(
+            LazyLogits, shape, dtype=dtype, device=x.device, requires_grad=False
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "logits: expected a gradient of their values, got one of what stands for them"
+        )
+
+
+def _promised(
+    shape: tuple[int, ...], dtype: torch.dtype, x: Tensor, weight: Tensor, made: list[Tensor]
+) -> LazyLogits:
+    lazy: LazyLogits = _Promise.apply(x, weight, shape, dtype)
+    lazy._x, lazy._weight, lazy._made = x, weight, made
+    return lazy
 
 
 _METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "names", "is_leaf")
-    if hasattr(Tensor, name)
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.ndimension}
-_VIEWS = (Tensor.view, Tensor.reshape)
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "requires_grad", "is_leaf", "is_meta",
+            "is_sparse", "is_nested",
+        )
+    ),
+}  # fmt: skip
+
+
+def _without_logits(
+    func: Any, lazy: LazyLogits, rest: tuple[Any, ...], options: dict[str, Any]
+) -> Tensor | None:
+    """The result of a function that needs no logits; None of others."""
+    x, weight, made = lazy._x, lazy._weight, lazy._made
+    with _Untouched():
+        shape, dtype = tuple(lazy.shape), lazy.dtype
+    if func is F.cross_entropy:
+        return _cross_entropy(x, weight, len(shape), *rest, **options)
+    if options:
+        return None
+    if func is Tensor.contiguous and not rest:
+        return lazy
+    if func is Tensor.float and not rest:
+        return lazy if dtype == torch.float32 else _promised(shape, torch.float32, x, weight, [])
+    if func in (Tensor.view, Tensor.reshape):
+        new = _same_rows(shape, rest[0] if len(rest) == 1 else rest)
+        return None if new is None else _promised(new, dtype, x, weight, made)
+    return None
+
+
+def _same_rows(shape: tuple[int, ...], wanted: Any) -> tuple[int, ...] | None:
+    """The shape that a view gets; None if it does not keep the last dimension."""
+    if (
+        not isinstance(wanted, (tuple, list))
+        or len(wanted) < 2
+        or not all(isinstance(n, int) for n in wanted)
+    ):
+        return None
+    sizes, count = list(wanted), torch.Size(shape).numel()
+    if sizes.count(-1) == 1:
+        known = -torch.Size(sizes).numel()
+        if known <= 0 or count % known:
+            return None
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 0 or torch.Size(sizes).numel() != count or sizes[-1] != shape[-1]:
+        return None
+    return tuple(sizes)
 
 
 def _cross_entropy(
-    logits: LazyLogits,
+    x: Tensor,
+    head: Tensor,
+    dims: int,
+    /,
     target: Any,
     weight: Tensor | None = None,
     size_average: Any = None,
@@ -144,15 +171,13 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """The loss without the logits; None where they are needed."""
-    with torch._C.DisableTorchFunctionSubclass():
-        dims = logits.dim()
+    """F.cross_entropy of rows of logits, with classes as targets and no option that needs the logits; else None."""
     if weight is not None or size_average is not None or reduce is not None or label_smoothing or dims != 2:
         return None
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
         return None
-    x = logits._x.reshape(-1, logits._x.shape[-1])
-    return ops.linear_cross_entropy(x, logits._weight, target, ignore_index=ignore_index, reduction=reduction)
+    rows = x.reshape(-1, x.shape[-1])
+    return ops.linear_cross_entropy(rows, head, target, ignore_index=ignore_index, reduction=reduction)
 
 
 def _made(value: Any) -> Any:

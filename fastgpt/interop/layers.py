@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.interop.swap import original
 
 # Activation modules of transformers by class name, with `approximate` of ops.gelu.
 GELUS = {
@@ -95,6 +96,7 @@ def is_rms_norm(module: nn.Module) -> bool:
     weight, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5,), (6, 5)))
     x = x * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]
     small: Any = copy.copy(module)
+    small.__class__ = original(type(module))
     small.__dict__ = {**module.__dict__, "_parameters": {"weight": nn.Parameter(weight)}}
     try:
         with torch.no_grad():

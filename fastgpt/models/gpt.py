@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
@@ -260,7 +261,7 @@ class GPT(nn.Module):
         else:
             values = hugging_face.config_fields(values, config_file)
         config = GPTConfig.from_dict(values, config_file)
-        with torch.device("meta"):  # weights that are about to be replaced are never made
+        with _Unfilled():
             model = cls(GPTConfig(**{**config.to_dict(), "backend": backend}))
         state = model.state_dict()
         if own:
@@ -269,12 +270,23 @@ class GPT(nn.Module):
         else:
             weights = hugging_face.read(directory, state)
         model.load_state_dict(weights, assign=True)
-        if config.positions != "learned":  # computed, not saved
-            model.positions = PositionalEncoding(config.embedding_dim, config.max_seq_length, config.pad_idx)
         return model.eval()
 
     def extra_repr(self) -> str:
         return f"max_seq_length={self.config.max_seq_length}, tie_output={self.config.tie_output}"
+
+
+class _Unfilled(TorchFunctionMode):
+    """Parameters that are about to be replaced keep what their memory holds: nothing is drawn, no page is touched.
+
+    The meta device would do so too, and import a second's worth of modules.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_, Tensor.zero_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_tokens(tokens: Tensor, targets: Tensor | None, config: GPTConfig, device: torch.device) -> None:

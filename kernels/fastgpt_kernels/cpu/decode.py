@@ -12,6 +12,7 @@ from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels
 from fastgpt_kernels.cpu.gemm import ACTIVATIONS
 
 _INT8 = 3  # kInt8 in decode.cpp
+_BLOCK = 2**18  # numbers that are rounded at once
 _APPROXIMATE = {"none": 0, "tanh": 1}
 WEIGHTS = (torch.float32, torch.bfloat16, torch.int8)
 CACHES = (torch.float32, torch.bfloat16)
@@ -58,10 +59,16 @@ def quantized(weight: Tensor, dtype: torch.dtype) -> Packed:
     """The weight [n, k] in that dtype; for int8 each row by its largest magnitude: weight = scale * int8."""
     if dtype != torch.int8:
         return Packed(weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format))
-    wide = weight.detach().float()
-    scale = wide.abs().amax(1) / 127.0
-    rows = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
-    return Packed(rows.to(torch.int8).contiguous(), scale)
+    weight = weight.detach()
+    rows, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
+    block = max(1, _BLOCK // max(1, weight.shape[1]))  # rows that stay in the cache through all the steps
+    for first in range(0, weight.shape[0], block):
+        part = slice(first, first + block)
+        wide = weight[part].float()
+        scale[part] = wide.abs().amax(1) / 127.0
+        smallest = scale[part].clamp(min=torch.finfo(torch.float32).tiny)
+        rows[part] = (wide / smallest[:, None]).round_().clamp_(-127, 127)
+    return Packed(rows, scale)
 
 
 def table(weights: Weights) -> Tensor:
