@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastgpt import ops
 
@@ -36,7 +37,7 @@ class FusedHead:
 
 
 class LazyLogits(Tensor):
-    """x @ weight.T, computed on first use but for shape and dtype, `view`, `float`, `contiguous` and cross-entropy."""
+    """x @ weight.T, computed on first use: not for shape, dtype, `view`, `float`, `contiguous`, cross-entropy."""
 
     _x: Tensor
     _weight: Tensor
@@ -83,19 +84,24 @@ class LazyLogits(Tensor):
 
 
 class _Promise(torch.autograd.Function):
-    """Ties what is not computed yet to the graph, for who looks for parameters there (DistributedDataParallel)."""
+    """Ties what is not computed yet to the graph, for whatever looks at that or hangs its own on it, as other
+    Functions and DistributedDataParallel do. Of logits that were computed the gradient passes elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
         return Tensor._make_wrapper_subclass(
             LazyLogits, shape, dtype=dtype, device=x.device, requires_grad=False
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "logits: expected a gradient of their values, got one of what stands for them"
-        )
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = dy.to(x.dtype).reshape(-1, weight.shape[0])
+        dx = (dy @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dweight = dy.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, dweight, None, None
 
 
 def _promised(

@@ -26,7 +26,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).half()
     else:
         y = F.linear(rows, weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # No view, as PyTorch's own result is none: of what a Function returns a view cannot be changed in place.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

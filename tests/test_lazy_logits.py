@@ -1,0 +1,174 @@
+"""The replaced head: losses without logits, and the logits for whoever looks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.interop.head import FusedHead, LazyLogits
+from fastgpt.interop.swap import exchange
+
+
+def heads(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    plain = nn.Linear(8, 30, bias=False, dtype=dtype)
+    fused = copy.deepcopy(plain)
+    exchange(fused, FusedHead)
+    return plain, fused, torch.randn(2, 5, 8, dtype=dtype), torch.randint(30, (2, 5))
+
+
+def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that a head calls."""
+    called: list[str] = []
+    for name in ("linear", "linear_cross_entropy"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, f=function, **k: (called.append(n), f(*a, **k))[1])
+    return called
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "flat": lambda y, t: F.cross_entropy(y.view(-1, 30), t.view(-1)),
+    "float": lambda y, t: F.cross_entropy(y.float().view(-1, 30), t.view(-1)),
+    "module": lambda y, t: nn.CrossEntropyLoss()(y.view(-1, y.size(-1)), t.view(-1)),
+    "reshape": lambda y, t: F.cross_entropy(y.contiguous().reshape(10, 30), t.reshape(-1), reduction="sum"),
+    "ignored": lambda y, t: F.cross_entropy(
+        y.view((-1, y.shape[-1])), t.view(-1).masked_fill(t.view(-1) < 9, -1), ignore_index=-1
+    ),
+    "each": lambda y, t: F.cross_entropy(y.view(10, -1), t.view(-1), reduction="none").sum(),
+}
+OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smoothed": lambda y, t: F.cross_entropy(y.view(-1, 30), t.view(-1), label_smoothing=0.1),
+    "weighted": lambda y, t: F.cross_entropy(y.view(-1, 30), t.view(-1), weight=torch.arange(30.0)),
+    "shifted": lambda y, t: F.cross_entropy(y[:, :-1].reshape(-1, 30), t[:, 1:].reshape(-1)),
+    "classes_second": lambda y, t: F.cross_entropy(y.transpose(1, 2), t),
+    "probabilities": lambda y, t: F.cross_entropy(y.view(-1, 30), F.one_hot(t.view(-1), 30).float()),
+    "other_rows": lambda y, t: F.cross_entropy(y.view(-1, 15), t.view(-1).repeat(2) % 15),
+    "sum": lambda y, t: (y * y).sum(),
+    "softcap": lambda y, t: F.cross_entropy((5 * torch.tanh(y / 5)).view(-1, 30), t.view(-1)),
+    "list": lambda y, t: torch.stack([y, y]).sum() + torch.cat([y, y], 0).square().mean(),
+    "in_place": lambda y, t: _masked(y, t),
+    "in_place_of_a_view": lambda y, t: _masked(y.view(-1, 30), t),
+    "in_place_then_view": lambda y, t: _masked_first(y, t),
+    "chunk": lambda y, t: y.chunk(2, -1)[0].exp().sum(),
+}
+
+
+def _masked(y: Tensor, t: Tensor) -> Tensor:
+    y[..., 3] = -4.0
+    return F.cross_entropy(y.view(-1, 30), t.view(-1))
+
+
+def _masked_first(y: Tensor, t: Tensor) -> Tensor:
+    flat = y.view(-1, 30)
+    y[..., 3] = -4.0  # which `flat` sees
+    return F.cross_entropy(flat, t.view(-1))
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *OTHERS])
+def test_whatever_is_done_with_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused, x, targets = heads()
+    loss = (LOSSES | OTHERS)[name]
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = loss(plain(a), targets)
+    expected.backward()
+    called = count(monkeypatch)
+    got = loss(fused(b), targets)
+    assert type(got) is Tensor
+    got.backward()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fused.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-6)
+    assert called == (["linear_cross_entropy"] if name in LOSSES else ["linear"])
+
+
+def test_bf16_in_float_before_and_after_a_change() -> None:
+    """`float` of bf16 is a copy: what is changed in one does not show in the other."""
+    plain, fused, x, targets = heads(torch.bfloat16)
+    for change_first in (False, True):
+        losses = []
+        for head in (plain, fused):
+            logits = head(x)
+            if change_first:
+                logits[..., 2] = 7.0
+            wide = logits.float()
+            wide[..., 3] = -4.0
+            losses.append(
+                F.cross_entropy(wide.view(-1, 30), targets.view(-1))
+                + F.cross_entropy(logits.view(-1, 30), targets.view(-1)).float()
+            )
+        torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
+
+
+def test_logits_after_the_loss_are_the_logits() -> None:
+    plain, fused, x, targets = heads()
+    logits, expected = fused(x), plain(x)
+    assert isinstance(logits, LazyLogits)
+    loss = F.cross_entropy(logits.view(-1, 30), targets.view(-1))
+    assert not logits._made
+    loss.backward()
+    assert (logits.shape, logits.dtype, logits.device, logits.dim(), len(logits)) == (
+        expected.shape, torch.float32, x.device, 3, 2,
+    )  # fmt: skip
+    assert logits.requires_grad
+    assert not logits.is_leaf
+    assert not logits._made
+    for view in (logits, logits.detach(), logits + 0, logits[:], logits.clone()):
+        torch.testing.assert_close(view.detach() + 0, expected.detach())
+    assert str(logits.argmax(-1)) == str(expected.argmax(-1))
+    assert logits.detach().numpy().shape == (2, 5, 30)
+    torch.testing.assert_close(torch.tensor(logits.tolist()), expected.detach())
+
+
+def test_copies_and_files_are_of_the_logits() -> None:
+    _, fused, x, _ = heads()
+    with torch.no_grad():
+        assert type(fused(x)) is Tensor  # nothing to be gained without gradients
+    expected = (fused(x) + 0).detach()
+    detached = fused(x).detach()
+    assert torch.equal(pickle.loads(pickle.dumps(detached)), expected)
+    file = io.BytesIO()
+    torch.save(fused(x).detach(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), expected)
+
+
+def test_the_graph_is_seen_from_outside() -> None:
+    """As DistributedDataParallel looks for parameters that take part."""
+    _, fused, x, _ = heads()
+    logits = fused(x)
+    with torch._C.DisableTorchFunctionSubclass():
+        edges = [edge[0] for edge in logits.grad_fn.next_functions if edge[0] is not None]
+    assert any(getattr(edge, "variable", None) is fused.weight for edge in edges)
+
+
+def test_what_passes_by_is_an_error() -> None:
+    _, fused, x, _ = heads()
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(NotImplementedError, match="not computed"):
+        fused(x).sum()
+
+
+def test_distributed_data_parallel(tmp_path: object) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, fused, x, targets = heads()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for unused in (False, True):
+            gradients = []
+            for head in (plain, fused):
+                head.zero_grad()
+                model = DistributedDataParallel(nn.Sequential(head), find_unused_parameters=unused)
+                F.cross_entropy(model(x).view(-1, 30), targets.view(-1)).backward()
+                gradients.append(head.weight.grad.clone())
+            torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
