@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.interop.layers import approximate_of, is_plain
+from fastgpt.interop.layers import approximate_of, is_layer, is_plain, weight_and_bias
 from fastgpt.interop.swap import ROLES, original
 from fastgpt.ops.linear import APPROXIMATE
 
@@ -160,25 +160,11 @@ def _formula(activation: nn.Module | None) -> Any:
     return F.silu if approximate is None else lambda x: F.gelu(x, approximate=approximate)
 
 
-def is_layer(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is nn.Linear or (
-        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-    )
-
-
 def is_silu(module: nn.Module) -> bool:
     kind = type(module)
     return kind is nn.SiLU or (
         kind.__name__ == "SiLUActivation" and kind.__module__ == "transformers.activations"
     )
-
-
-def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight [n, k] (of Conv1D, which keeps [k, n], a view) and the bias."""
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    return (weight if type(layer) is nn.Linear else weight.t()), bias
 
 
 def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
@@ -189,10 +175,7 @@ def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
         return approximate_of(activation) is not None or is_silu(activation)
     dtypes = {x.dtype, *(p.dtype for layer in layers for p in layer._parameters.values() if p is not None)}
     return (
-        all(
-            is_plain(layer, nn.Linear) or (is_layer(layer) and is_plain(layer, type(layer)))
-            for layer in layers
-        )
+        all(is_layer(layer) and is_plain(layer, original(type(layer))) for layer in layers)
         and approximate_of(activation) is not None
         and (len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type))
     )

@@ -15,24 +15,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastgpt import ops
+from fastgpt.interop.layers import FusedLinear
 
 _Untouched: Any = torch._C.DisableTorchFunctionSubclass
 
 
-class FusedHead:
+class FusedHead(FusedLinear):
     def forward(self, input: Tensor) -> Tensor:
         layer: Any = self
         weight: Tensor = layer.weight
         wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         plain = type(input) is Tensor and type(weight) is nn.Parameter
         if not wanted or not plain or torch.compiler.is_compiling():
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):  # as it is now, whenever they are made
             lower = torch.get_autocast_dtype(kind)
             input, weight = input.to(lower), weight.to(lower)
         if input.dtype != weight.dtype:
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)
         return _promised((*input.shape[:-1], weight.shape[0]), input.dtype, input, weight, [])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.interop.swap import original
 
+MUCH = 2**25  # multiply-adds: a third of a millisecond, an autograd Function 5 µs
 # Activation modules of transformers by class name, with `approximate` of ops.gelu.
 GELUS = {
     "GELUActivation": "none",
@@ -62,6 +63,17 @@ class FusedGELU:
 class FusedTransformersGELU:
     def forward(self, input: Tensor) -> Tensor:
         return ops.gelu(input, approximate=approximate_of(self))  # type: ignore[arg-type]
+
+
+class FusedLinear:
+    """Where there is much to multiply: of few rows an autograd Function of Python's takes longer than it saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        weight, bias = weight_and_bias(module)
+        if x.numel() * weight.shape[0] < MUCH or x.dtype != weight.dtype or torch.compiler.is_compiling():
+            return super().forward(x)  # type: ignore[misc]
+        return ops.linear(x, weight, bias)
 
 
 class FusedSoftmax:
@@ -130,4 +142,19 @@ def is_plain(module: nn.Module, *kinds: Any) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) in kinds and not any(hooks)
+    return original(type(module)) in kinds and not any(hooks)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """A Linear, or transformers' Conv1D, and no subclass."""
+    kind = original(type(module))
+    return kind is nn.Linear or (
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    )
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [n, k] (of Conv1D, which keeps [k, n], a view) and the bias."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    return (weight if isinstance(layer, nn.Linear) else weight.t()), bias

@@ -20,7 +20,9 @@ from fastgpt.interop.swap import exchange, original, restore
 Left = str
 Replaced = tuple[type, Any, str]  # the forward's class, roles, the op
 Answer = None | Left | Replaced
-KINDS = ("layer_norm", "rms_norm", "gelu", "softmax", "mlp", "transformer", "attention", "cross_entropy")
+KINDS = (
+    "layer_norm", "rms_norm", "gelu", "softmax", "mlp", "linear", "transformer", "attention", "cross_entropy",
+)  # fmt: skip
 
 
 def patch(
@@ -52,8 +54,13 @@ def patch(
     _check(model)
     names = _names(model)
     wanted, unwanted = _patterns("only", only, names), _patterns("exclude", exclude, names)
-    found = [(module, *judged) for module in names if (judged := _judge(module)) is not None]
-    found += _head(model)
+    found = _head(model)
+    heads = [module for module, _, answer in found if not isinstance(answer, str)]
+    found = [
+        (module, *judged)
+        for module in names
+        if module not in heads and (judged := _judge(module)) is not None
+    ] + found
     # One configuration serves many: where one attention is to stay as it is, so are those that share it.
     kept = {
         id(module.config)
@@ -61,9 +68,19 @@ def patch(
         if kind == "attention"
         and (isinstance(answer, str) or not _chosen(kind, names[module], wanted, unwanted))
     }
+    # The layers of a block that is taken whole are not called.
+    within = {
+        layer
+        for module, kind, answer in found
+        if kind in ("mlp", "transformer") and _chosen(kind, names[module], wanted, unwanted)
+        if not isinstance(answer, str) and not (answer[1] and len(answer[1].layers) == 3)
+        for layer in module.modules()
+    }
     entries, work = list[Entry](), list[tuple[nn.Module, Replaced]]()
     for module, kind, answer in found:
         where = names[module]
+        if kind == "linear" and module in within:
+            continue
         chosen = _chosen(kind, where, wanted, unwanted)
         if chosen and kind == "attention" and not isinstance(answer, str) and id(module.config) in kept:
             answer = "shares its configuration with one that is left"
@@ -235,6 +252,13 @@ def _transformer(module: nn.Module) -> Answer:
     return None
 
 
+def _linear(module: nn.Module) -> Answer:
+    """Quietly: a layer that multiplies as it did is none that was left."""
+    if not layers.is_layer(module) or not module.weight.is_cpu:
+        return None  # on a GPU PyTorch's products are the fastest that there are
+    return layers.FusedLinear, None, "ops.linear"
+
+
 class _Attention:
     """Stands for the change of an attention's configuration, where others name a forward."""
 
@@ -255,6 +279,7 @@ _RULES: tuple[tuple[str, Callable[[nn.Module], Answer]], ...] = (
     ("transformer", _transformer),
     ("attention", _attention),
     ("mlp", _mlp),
+    ("linear", _linear),
 )
 
 
