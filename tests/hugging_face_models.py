@@ -20,7 +20,6 @@ def config(family: str, **options: Any) -> Any:
     if family == "gpt2":
         made = hf.GPT2Config(
             **ids, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            loss_type="ForCausalLM",  # without it transformers warns, which torch.compile does not trace
             **options,
         )  # fmt: skip
     elif family == "bert":
@@ -71,6 +70,8 @@ def model(family: str, **options: Any) -> Any:
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)
+    if family == "gpt2":
+        made.loss_type = "ForCausalLM"  # without it transformers warns, which torch.compile does not trace
     return made.eval()
 
 

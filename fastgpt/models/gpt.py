@@ -284,7 +284,11 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_, Tensor.zero_):
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (
+            Tensor.normal_,
+            Tensor.uniform_,
+            Tensor.zero_,
+        ):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
