@@ -23,7 +23,7 @@ from benchmarks.results import FASTGPT, Row
 from fastgpt.decoding import WEIGHTS
 from fastgpt.generate import Engine, Sampling
 from fastgpt.models.gpt import GPT, GPTConfig
-from benchmarks.timing import measure
+from fastgpt.testing.timing import measure
 from fastgpt.train.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:

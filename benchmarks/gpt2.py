@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks import buffers, engines, gpt_step, limits
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
-from benchmarks.timing import Step, measure, step_clock
 from fastgpt.decoding import WEIGHTS, Decoder
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.stock_gpt import StockGPT
+from fastgpt.testing.timing import Step, measure, step_clock
 
 if TYPE_CHECKING:
     from benchmarks.suites import Budget, Options
@@ -199,7 +199,7 @@ def _hugging_face_decoders(tokens: Tensor) -> dict[str, Step]:
         with torch.no_grad():
             for _ in range(NEW):
                 module(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(CONTEXT)
+        cache.crop(-NEW)
 
     steps: dict[str, Step] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

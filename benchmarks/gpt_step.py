@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks import buffers
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
-from benchmarks.timing import Step, measure, step_clock
 from fastgpt._core.spec import Draw
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.stock_gpt import StockGPT
+from fastgpt.testing.timing import Step, measure, step_clock
 
 if TYPE_CHECKING:
     from benchmarks.suites import Budget, Options

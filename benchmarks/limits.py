@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Step, measure
+from fastgpt.testing.timing import Step, measure
 
 COPY_MIB = {"cpu": 384, "cuda": 2048}  # per buffer, beyond any last-level cache
 SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import limits
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, by_case, slower_than_eager
-from benchmarks.timing import Quantiles
+from fastgpt.testing.timing import Quantiles
 
 MACHINE = ("device", "cpu", "cores", "threads", "simd", "torch_simd", "cpu_mhz", "gpu_clocks", "memory_gib")
 SETUP = (

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Quantiles, Timing
+from fastgpt.testing.timing import Quantiles, Timing
 
 FORMAT = 1
 FASTGPT, EAGER, COMPILED = "fastgpt", "torch eager", "torch compiled"

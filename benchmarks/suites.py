@@ -15,17 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import buffers, environment, limits, proof
+from benchmarks import buffers, environment, limits
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run
-from benchmarks.timing import Step, Timing, measure
 from fastgpt._core import dispatch, registry
 from fastgpt._core.spec import Case, OpSpec
-from fastgpt.testing.inputs import DTYPES, as_tuple
+from fastgpt.testing import proof, rotation
+from fastgpt.testing.inputs import DTYPES
+from fastgpt.testing.timing import Step, Timing, measure
 
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
-BUDGETS = {"quick": 270.0, "cpu": 3600.0, "gpt2": 1800.0}  # seconds
+BUDGETS = {"quick": 270.0, "cpu": 3600.0, "gpt2": 1800.0, "patch": 1800.0}  # seconds
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
 # Calls that move so much have their limit measured among them, so that both see the same neighbours on the machine.
 LIMIT_BESIDE = 16 * 2**20
@@ -104,7 +104,7 @@ def allowed(case: Case, dtype: str) -> bool:
 
 def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     """Run the suite within the budget; `emit` gets the rows of each case as soon as they are there."""
-    from benchmarks import gpt2, gpt_step
+    from benchmarks import gpt2, gpt_step, patched
 
     settings = {
         "suite": options.suite,
@@ -134,8 +134,9 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         *((f"{gpt_step.OP} {d}", partial(gpt_step.rows, d, options, budget)) for d in dtypes if with_step),
         *((case.name, timed(case)) for case in cases if case.rank > 0),
     ]
-    if options.suite == "gpt2":
-        jobs = [job for job in gpt2.jobs(options, budget, meter) if options.match in job[0]]
+    of_models = {"gpt2": gpt2.jobs, "patch": patched.jobs}
+    if options.suite in of_models:
+        jobs = [job for job in of_models[options.suite](options, budget, meter) if options.match in job[0]]
     if not jobs:
         raise ValueError(f"--case: expected a part of the name of a case, got {options.match!r}")
     for done, (name, job) in enumerate(jobs):
@@ -201,11 +202,11 @@ def op_rows(
         notes |= {name: "; ".join(filter(None, (notes.get(name), problem.note))) for name in functions}
     leaves, output_grads = problem.leaves, list(problem.output_grads.values())
     del problem  # the exact results are large
-    sets, temperature = buffers.rotation(buffers.tensor_bytes(inputs.values()), buffers.caches(device))
-    rotated = buffers.copies(inputs, sets, leaves)
+    sets, temperature = rotation.how_many(rotation.tensor_bytes(inputs.values()), rotation.caches(device))
+    rotated = rotation.copies(inputs, sets, leaves)
     steps, peaks = {}, {}
     for name, function in functions.items():
-        passes = passes_of(function, rotated, leaves, output_grads)
+        passes = rotation.passes_of(function, rotated, leaves, output_grads)
         for pass_, step in passes.items():
             steps[name, pass_] = step
             step(0)
@@ -261,26 +262,6 @@ def fill(
         return
     row.take(timings[row.contender, row.pass_])
     row.peak_bytes = peaks[row.contender, row.pass_]
-
-
-def passes_of(
-    function: Function,
-    inputs: Sequence[Mapping[str, Any]],
-    leaves: Sequence[str],
-    output_grads: Sequence[Tensor],
-) -> dict[str, Step]:
-    """Forward, and forward with backward, as steps over the sets of `inputs`."""
-
-    def forward(i: int) -> object:
-        return function(**inputs[i])
-
-    def both(i: int) -> object:
-        outputs = as_tuple(function(**inputs[i]))
-        return torch.autograd.grad(outputs, wanted[i], dys[i])
-
-    wanted = [[one[name] for name in leaves] for one in inputs]
-    dys = [[dy.clone() for dy in output_grads] for _ in inputs]
-    return {"fwd": forward, "fwd+bwd": both} if leaves else {"fwd": forward}
 
 
 def compile_baseline(spec: OpSpec, options: Options, budget: Budget) -> tuple[Function | None, str]:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import fastgpt
-from benchmarks import buffers, environment, gpt_step, proof, suites
+from benchmarks import environment, gpt_step, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT
-from benchmarks.timing import Step
+from fastgpt.testing import proof, rotation
+from fastgpt.testing.timing import Step
 
 pytest.importorskip("pytest_benchmark")
 
@@ -35,10 +36,10 @@ def _allocator() -> None:
 def prepared(name: str) -> tuple[proof.Posed, list[dict[str, Any]], Callable[..., Any]]:
     case = OP_CASES[name]
     problem = proof.pose(case.spec, case.case, case.dtype, DEVICE)
-    sets, _ = buffers.rotation(buffers.tensor_bytes(problem.inputs.values()), buffers.caches(DEVICE))
+    sets, _ = rotation.how_many(rotation.tensor_bytes(problem.inputs.values()), rotation.caches(DEVICE))
     torch._dynamo.reset()
     compiled = torch.compile(case.spec.baseline, dynamic=False)
-    return problem, buffers.copies(problem.inputs, sets, problem.leaves), compiled
+    return problem, rotation.copies(problem.inputs, sets, problem.leaves), compiled
 
 
 def parameters() -> Iterator[Any]:
@@ -58,7 +59,7 @@ def test_op(benchmark: Any, case: suites.OpCase, pass_: str, contender: str) -> 
     benchmark.extra_info["error as a fraction of the bound"] = error
     if contender == FASTGPT:
         assert error <= 1.0, "not timed: outside its error bound on this case"
-    step = suites.passes_of(function, inputs, problem.leaves, list(problem.output_grads.values()))[pass_]
+    step = rotation.passes_of(function, inputs, problem.leaves, list(problem.output_grads.values()))[pass_]
     _time(benchmark, step, len(inputs))
 
 

@@ -26,12 +26,13 @@ from fastgpt_kernels.triton import common, device
 from fastgpt_kernels.triton.common import LaunchConfig, Tunable
 from fastgpt_kernels.triton.launch import INTERPRETING, recording
 
-from benchmarks import buffers, environment, offline_calls, proof
+from benchmarks import environment, offline_calls
 from benchmarks.results import beyond_noise
-from benchmarks.timing import Clock, Quantiles, Sample, Step, measure
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, OpSpec
+from fastgpt.testing import proof, rotation
 from fastgpt.testing.inputs import DTYPES
+from fastgpt.testing.timing import Clock, Quantiles, Sample, Step, measure
 
 SECONDS = 0.15  # of timing for one candidate
 MAX_SETS = 8
@@ -290,7 +291,7 @@ def inputs(problem: Tunable, where: torch.device) -> list[Callable[[], object]]:
     """The problem in as many sets of inputs as a cold cache asks for."""
     before = torch.cuda.memory_allocated(where)
     calls = [problem.run(where)]
-    wanted, _ = buffers.rotation(torch.cuda.memory_allocated(where) - before, buffers.caches(where))
+    wanted, _ = rotation.how_many(torch.cuda.memory_allocated(where) - before, rotation.caches(where))
     return calls + [problem.run(where) for _ in range(min(wanted, MAX_SETS) - 1)]
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, compare, engines, gpt2, gpt_step, limits, proof, report, suites
+from benchmarks import buffers, compare, engines, gpt2, gpt_step, limits, report, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
-from benchmarks.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, Draw
 from fastgpt.models.gpt import GPTConfig
+from fastgpt.testing import proof, rotation
+from fastgpt.testing.timing import CpuClock, Quantiles, Sample, Step, Timing, measure, quantiles
 
 CPU = torch.device("cpu")
 
@@ -83,18 +84,21 @@ def test_cpu_clock_counts_page_faults_and_visits_every_set() -> None:
 
 
 def test_rotation_until_cold_or_large_enough() -> None:
-    small, huge = buffers.Caches(1 << 20, 8 << 20), buffers.Caches(2 << 20, 1 << 30)
-    assert buffers.rotation(1 << 20, small) == (16, "cold")
-    assert buffers.rotation(64 << 20, small) == (1, "cold")
-    assert buffers.rotation(1 << 20, huge) == (256, "beyond L2")
-    assert buffers.rotation(3 << 20, buffers.Caches(2 << 20, 1 << 30)._replace(inner=1 << 30)) == (85, "warm")
-    assert buffers.rotation(4 * 64 * 4, small) == (1, "warm")
+    small, huge = rotation.Caches(1 << 20, 8 << 20), rotation.Caches(2 << 20, 1 << 30)
+    assert rotation.how_many(1 << 20, small) == (16, "cold")
+    assert rotation.how_many(64 << 20, small) == (1, "cold")
+    assert rotation.how_many(1 << 20, huge) == (256, "beyond L2")
+    assert rotation.how_many(3 << 20, rotation.Caches(2 << 20, 1 << 30)._replace(inner=1 << 30)) == (
+        85,
+        "warm",
+    )
+    assert rotation.how_many(4 * 64 * 4, small) == (1, "warm")
 
 
 def test_rotated_inputs_are_separate_memory_and_not_zero() -> None:
     case = suites.op_cases(("layer_norm",), ("bf16",))[0]
     inputs = case.spec.make_inputs(Case((4, 8)), case.dtype, Draw(0, CPU))
-    sets = buffers.copies(inputs, 3, ("x", "weight"))
+    sets = rotation.copies(inputs, 3, ("x", "weight"))
     assert len({one["x"].data_ptr() for one in sets}) == 3
     assert all(one["x"].requires_grad and one["x"].ne(0).any() for one in sets)
     assert not sets[0]["bias"].requires_grad

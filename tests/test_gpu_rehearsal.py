@@ -22,12 +22,12 @@ from benchmarks.gpu.machine import Gpu
 from benchmarks.gpu.schedule import Outcome, Part, run_parts
 from benchmarks.results import EAGER, FASTGPT, Row, slower_than_eager
 from benchmarks.suites import Budget
-from benchmarks.timing import Quantiles, Sample, Step, WallClock, measure
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, Draw
 from fastgpt.testing import Failure, Report, check
 from fastgpt.testing.cli import repro, run_check
 from fastgpt.testing.inputs import leaf_names
+from fastgpt.testing.timing import Quantiles, Sample, Step, WallClock, measure
 
 ROOT = Path(__file__).parents[1]
 SUITES = {"small": "layer_norm", "memory": "softmax", "attention": "attention", "decode": "attention"}

@@ -31,7 +31,6 @@ from op_cases import (
 from fastgpt._core import registry
 from fastgpt._core.dispatch import BackendError
 from fastgpt._core.spec import Case, OpSpec
-from fastgpt.testing.cli import repro
 from fastgpt.testing.inputs import as_tuple, results
 from fastgpt.testing.memory import same_bits
 
@@ -65,9 +64,7 @@ def test_case(spec: OpSpec, variant: Variant, dtype: torch.dtype, case: Case) ->
         assert reason in report.skipped[0][2]
         return
     if not report.ok:
-        pytest.fail(
-            f"{report}\n" + "\n".join({repro(report, failure) for failure in report.failures}), pytrace=False
-        )
+        pytest.fail(str(report), pytrace=False)
 
 
 @pytest.mark.parametrize("op", OPS)

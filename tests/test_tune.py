@@ -13,8 +13,8 @@ from fastgpt_kernels.triton import common, device
 from fastgpt_kernels.triton.common import LaunchConfig, Tunable
 
 from benchmarks import tune
-from benchmarks.timing import Sample, Step
 from fastgpt._core import registry
+from fastgpt.testing.timing import Sample, Step
 
 CPU = torch.device("cpu")
 FAST, SLOW, SAME = (LaunchConfig(num_warps=warps) for warps in (2, 4, 8))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import buffers, suites
+from benchmarks import suites
 from benchmarks.gpu.machine import Gpu
 from benchmarks.results import FASTGPT, Row
-from benchmarks.timing import Step, measure
 from fastgpt._core import dispatch
 from fastgpt._core.spec import Case, Cost, OpSpec
+from fastgpt.testing import rotation
 from fastgpt.testing.inputs import as_tuple, leaf_names
+from fastgpt.testing.timing import Step, measure
 
 Function = Callable[..., Any]
 Results = dict[str, Tensor]  # outputs by name, gradients by "d" + the input's name
@@ -75,16 +76,16 @@ def run(contest: Contest, machine: Gpu, seconds: float, backend: str) -> list[Ro
     torch.cuda.empty_cache()
 
     grads = list(contest.grads.values())
-    sets, temperature = buffers.rotation(
-        buffers.tensor_bytes(contest.inputs.values()), buffers.caches(machine.device)
+    sets, temperature = rotation.how_many(
+        rotation.tensor_bytes(contest.inputs.values()), rotation.caches(machine.device)
     )
     sets = 2 if machine.dry else sets
-    rotated = buffers.copies(contest.inputs, sets, contest.leaves)
+    rotated = rotation.copies(contest.inputs, sets, contest.leaves)
     steps: dict[str, Step] = {}
     labels: dict[str, tuple[str, str]] = {}
     peaks: dict[tuple[str, str], int] = {}
     for name, function in timed.items():
-        for pass_, step in suites.passes_of(function, rotated, contest.leaves, grads).items():
+        for pass_, step in rotation.passes_of(function, rotated, contest.leaves, grads).items():
             label = f"{name} {pass_}"
             steps[label], labels[label] = step, (name, pass_)
             peaks[name, pass_] = machine.peak_bytes(partial(step, 0))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import buffers, limits
-from benchmarks.timing import MIN_ROUNDS, Clock, CudaClock
 from fastgpt._core import registry
 from fastgpt._core.spec import Draw
+from fastgpt.testing.timing import MIN_ROUNDS, Clock, CudaClock
 
 OURS = ("triton", "cuda")
 

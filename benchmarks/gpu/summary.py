@@ -12,7 +12,7 @@ from benchmarks import limits, report
 from benchmarks.gpu import plots, record
 from benchmarks.gpu.schedule import Outcome
 from benchmarks.results import COMPILED, EAGER, FASTGPT, FORMAT, Row, Run, by_case
-from benchmarks.timing import Quantiles
+from fastgpt.testing.timing import Quantiles
 
 Findings = list[dict[str, Any]]
 PROVEN = "complete, and nothing failed"

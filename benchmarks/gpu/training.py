@@ -21,9 +21,9 @@ from benchmarks.gpu.machine import Gpu
 from benchmarks.gpu.record import Recorder
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row
 from benchmarks.suites import Budget
-from benchmarks.timing import Step, WallClock, measure
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.stock_gpt import StockGPT
+from fastgpt.testing.timing import Step, WallClock, measure
 
 GPT2 = GPTConfig(vocab_size=50304, embedding_dim=768, num_heads=12, num_layers=12, max_seq_length=1024)
 TINY = GPTConfig(vocab_size=64, embedding_dim=32, num_heads=2, num_layers=1, max_seq_length=16)

@@ -61,21 +61,28 @@ def allowed_error(
     return error.expand(shape)
 
 
-def compare(got: Tensor, exact: Tensor, error: Tensor) -> Comparison:
-    """`got` against `exact` with the allowed error E; NaN and infinities must stand in the same places."""
-    if exact.numel() == 0:
-        return Comparison(0.0, 0.0, 0.0, (), 0.0, 0.0)
+def ratios(got: Tensor, exact: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """(error / bound, bound) of every element, in fp64; inf where a NaN or an infinity stands alone."""
     wide = got.detach().double()
     magnitude = exact.abs() + error
     bound = half_ulp(magnitude.nan_to_num(), got.dtype) + error
-    difference = (wide - exact).abs()
     same = (wide == exact) | (wide.isnan() & exact.isnan())
     # Past the largest number of its dtype a result rounds to infinity.
     limits = torch.finfo(got.dtype)
     overflowed = (
         wide.isinf() & (wide.sign() == exact.sign()) & (magnitude >= limits.max * (1 + UNIT[got.dtype]))
     )
-    ratio = (difference / bound).masked_fill(same | overflowed, 0.0).nan_to_num(nan=torch.inf)
+    ratio = ((wide - exact).abs() / bound).masked_fill(same | overflowed, 0.0).nan_to_num(nan=torch.inf)
+    return ratio, bound
+
+
+def compare(got: Tensor, exact: Tensor, error: Tensor) -> Comparison:
+    """`got` against `exact` with the allowed error E; NaN and infinities must stand in the same places."""
+    if exact.numel() == 0:
+        return Comparison(0.0, 0.0, 0.0, (), 0.0, 0.0)
+    ratio, bound = ratios(got, exact, error)
+    wide = got.detach().double()
+    difference = (wide - exact).abs()
     flat = int(ratio.argmax())
 
     def worst(values: Tensor) -> float:

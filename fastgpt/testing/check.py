@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from fastgpt._core import registry
 from fastgpt._core.dispatch import BackendError
 from fastgpt._core.spec import BACKENDS, Case, OpSpec
 from fastgpt.testing.bounds import Comparison
-from fastgpt.testing.inputs import DTYPE_NAMES, DTYPES, Problem, as_tuple, dtypes_of, problem
+from fastgpt.testing.inputs import DTYPE_NAMES, Problem, accepts, as_tuple, pairs, problem
 from fastgpt.testing.memory import LAYOUTS, OutputGuards, Placed, place_expanded, poisoned, same_bits
 from fastgpt.testing.report import Failure, Report, Row
 
@@ -62,14 +62,21 @@ def check(
     function = functools.partial(spec.function, backend=backend) if ours else implementation
     assert function is not None
     name = f"backend {backend}" if ours else getattr(function, "__name__", repr(function))
-    report = Report(op, name)
-    wanted = None if dtypes is None else [_dtype(dtype) for dtype in dtypes]
-    for case in spec.cases if cases is None else [_case(spec, case) for case in cases]:
-        for dtype in dtypes_of(case) if wanted is None else wanted:
-            if case.mixed and dtype not in dtypes_of(case):
-                continue
-            _check_case(report, function, spec, case, dtype, device, seed, thorough)
+    report = Report(op, name, path=None if ours else _path(function), device=device)
+    for case, dtype in pairs(spec.cases if cases is None else cases, dtypes, spec.cases):
+        report.cases[case.name] = case
+        _check_case(report, function, spec, case, dtype, device, seed, thorough)
     return report
+
+
+def _path(function: Any) -> str | None:
+    """ "module:function" where that names it, as `fastgpt check --implementation` wants it."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__name__", None)
+    found = sys.modules.get(str(module))
+    if found is None or not isinstance(name, str) or getattr(found, name, None) is not function:
+        return None
+    spec = getattr(found, "__spec__", None)  # python -m package.module calls the module "__main__"
+    return None if spec is None else f"{spec.name}:{name}"
 
 
 class _Session:
@@ -88,8 +95,8 @@ class _Session:
 
         self.backwards = 2  # through each graph
 
-    def fail(self, hazard: str, detail: str) -> None:
-        failure = Failure(self.case.name, DTYPE_NAMES[self.problem.dtype], hazard, detail)
+    def fail(self, hazard: str, detail: str, meaning: str = "") -> None:
+        failure = Failure(self.case.name, DTYPE_NAMES[self.problem.dtype], hazard, detail, meaning)
         if not any(
             known[:3] == failure[:3] for known in self.report.failures
         ):  # the first of a kind is enough
@@ -112,27 +119,32 @@ class _Session:
         found = None if outputs is None else self._named(outputs)
         if outputs is None or found is None:
             return None
-        both = self._attempt(
-            lambda: [
-                torch.autograd.grad(
-                    outputs, leaves, list(grads.values()), retain_graph=True, allow_unused=True
-                )
-                for _ in range(self.backwards)
-            ]
-        )
-        if both is None:
+
+        def backward() -> dict[str, Tensor | None]:
+            returned = torch.autograd.grad(
+                outputs, leaves, list(grads.values()), retain_graph=True, allow_unused=True
+            )
+            return {f"d{name}": grad for name, grad in zip(self.problem.leaves, returned, strict=True)}
+
+        gradients = self._attempt(backward)
+        if gradients is None:
             return None
-        for name, grad, again in zip(self.problem.leaves, both[0], both[-1], strict=True):
+        for name, grad in gradients.items():
             if grad is None:
-                self.fail("shape", f"no gradient for {name}")
+                self.fail("shape", f"no gradient for {name[1:]}")
                 return None
-            found[f"d{name}"] = grad
-            if not same_bits(grad, again):
-                self.fail("not repeatable", f"d{name} of a second backward (retain_graph) differs")
-        if not self._well_formed({f"d{name}": found[f"d{name}"] for name in self.problem.leaves}):
+            found[name] = grad.detach()
+        if not self._well_formed({name: found[name] for name in gradients}):
             return None
-        self._watch(placed, watched)
         self._aliases(found, call)
+        # Copied at once: where they share memory with inputs, what comes now would write over them.
+        found = {name: value.clone() for name, value in found.items()}
+        if self.backwards > 1:
+            again = self._attempt(backward)
+            for name, grad in (again or {}).items():
+                if grad is None or not same_bits(found[name], grad):
+                    self.fail("not repeatable", f"{name} of a second backward (retain_graph) differs")
+        self._watch(placed, watched)
         return found
 
     def run_without_grad(self, placed: dict[str, Placed]) -> dict[str, Tensor] | None:
@@ -152,7 +164,9 @@ class _Session:
                     hazard == "bound" and math.isnan(comparison.got) and not math.isnan(comparison.exact)
                 )
                 found = hazard if gradients is None or name in problem.output_grads else gradients
-                self.fail("not written" if unwritten else found, f"{name} {comparison}")
+                self.fail(
+                    "not written" if unwritten else found, f"{name} {comparison}", problem.explain(got, name)
+                )
         return comparisons
 
     def same(self, got: Mapping[str, Tensor], other: Mapping[str, Tensor], hazard: str) -> None:
@@ -231,7 +245,7 @@ def _check_case(
 ) -> None:
     first = problem(spec, case, dtype, seed, device)
     dtype_name = DTYPE_NAMES[dtype]
-    if not _accepts(function, first.inputs):
+    if not accepts(function, first.inputs):
         report.skipped.append((case.name, dtype_name, "has arguments that it does not take"))
         return
     try:
@@ -253,7 +267,6 @@ def _prove(session: _Session, second: Problem, thorough: bool) -> Iterator[tuple
     base = session.run(placed, {name: p.tensor for name, p in incoming.items()}, list(incoming.values()))
     if base is None:
         return
-    base = {name: value.clone() for name, value in base.items()}
     session.backwards = 2 if thorough else 1
     yield from session.judge(base, first, "bound").items()
 
@@ -280,7 +293,9 @@ def _prove(session: _Session, second: Problem, thorough: bool) -> Iterator[tuple
     if not first.small:
         return
     for poke in first.pokes if thorough else _one_of(first.pokes, turn):
-        got = session.run(session.place(poke.inputs), first.output_grads)
+        # Placed, as everywhere: `first` is shared with other checks, and a kernel may write into what it gets.
+        grads = {name: Placed(dy).tensor for name, dy in first.output_grads.items()}
+        got = session.run(session.place(poke.inputs), grads)
         if got is None:
             continue
         for name, unaffected in poke.unaffected.items():
@@ -321,30 +336,3 @@ def _summed(
 
 
 _LOOKS = (_again, _without_grad, _summed)  # at the same call once more, in another way
-
-
-def _accepts(function: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
-    try:
-        inspect.signature(function).bind(**inputs)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature: the call will tell
-        return True
-    return True
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES:
-        return dtype
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
-
-
-def _case(spec: OpSpec, case: str | Case) -> Case:
-    if isinstance(case, Case):
-        return case
-    for known in spec.cases:
-        if known.name == case:
-            return known
-    raise ValueError(f"case: expected one of {', '.join(c.name for c in spec.cases)}, got {case!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from fastgpt._core import registry
 from fastgpt._core.spec import BACKENDS, OpSpec
 from fastgpt.testing.check import check
 from fastgpt.testing.inputs import DTYPES
-from fastgpt.testing.report import HAZARDS, Failure, Report, table
+from fastgpt.testing.report import HAZARDS, Report, repro, table
 
 
 def run_check(
@@ -62,23 +61,17 @@ def run_check(
         if not report.rows and not report.failures:
             failed = True
             print(f"{report.op} by {report.implementation}: nothing was checked")
-        for failure in report.failures:
-            failed = True
+        failed |= bool(report.failures)
+        for failure in (failure for failures in report.telling.values() for failure in failures):
             print(f"FAILED {failure.case} {failure.dtype}: {failure.hazard} ({HAZARDS[failure.hazard]})")
             print(f"       {failure.detail}")
+            if failure.meaning:
+                print(f"       {failure.meaning}")
             print(f"       {repro(report, failure, implementation, device)}")
+        for said in (*(f"{hazard}: {found}" for hazard in report.telling if (found := report.pattern(hazard))),
+                     *([report.following] if report.following else [])):  # fmt: skip
+            print(f"{report.op} by {report.implementation}: {said}")
     return int(failed)
-
-
-def repro(report: Report, failure: Failure, implementation: str | None = None, device: str = "cpu") -> str:
-    """The command that runs a failed case alone."""
-    words = ["fastgpt", "check", "--op", report.op]
-    if implementation is not None:
-        words += ["--implementation", implementation]
-    else:
-        words += ["--backend", report.implementation.removeprefix("backend ")]
-    words += ["--dtype", failure.dtype, "--case", failure.case]
-    return shlex.join(words if device == "cpu" else [*words, "--device", device])
 
 
 def _run(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, Draw, OpSpec
 from fastgpt.testing.bounds import Comparison, allowed_error, compare
+from fastgpt.testing.explain import explain
 from fastgpt.testing.memory import same_bits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -55,6 +57,13 @@ class Problem:
         """Results of one call of an implementation, among them all intermediates, each against its bound."""
         exact, error = self.solution_for(got)
         return {name: compare(value, exact[name], error[name]) for name, value in got.items()}
+
+    def explain(self, got: Mapping[str, Tensor], name: str) -> str:
+        """What the misses of the result `name` of a call have in common; "" if nothing is to be said."""
+        exact, error = self.solution_for(got)
+        others = {key: value for key, value in self.inputs.items() if isinstance(value, Tensor)}
+        others |= {f"the gradient of {key}": dy for key, dy in self.output_grads.items()}
+        return explain(got[name], exact[name], error[name], others)
 
     def solution_for(self, got: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(exact, error) for a call that returned these results."""
@@ -217,3 +226,47 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 def dtypes_of(case: Case) -> tuple[torch.dtype, ...]:
     """What a case is checked in."""
     return (torch.bfloat16, torch.float16) if case.mixed else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pairs(
+    cases: Iterable[str | Case], dtypes: Iterable[str | torch.dtype] | None, known: Sequence[Case]
+) -> Iterator[tuple[Case, torch.dtype]]:
+    """Every case in every dtype that it exists in; names are of `known` cases.
+
+    Raises:
+        ValueError: an unknown dtype or case.
+    """
+    wanted = None if dtypes is None else [_dtype(dtype) for dtype in dtypes]
+    for case in [_case(case, known) for case in cases]:
+        for dtype in dtypes_of(case) if wanted is None else wanted:
+            if not case.mixed or dtype in dtypes_of(case):
+                yield case, dtype
+
+
+def accepts(function: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
+    """Whether the signature of `function` has all of these arguments."""
+    try:
+        inspect.signature(function).bind(**inputs)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature: the call will tell
+        return True
+    return True
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES:
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _case(case: str | Case, known: Sequence[Case]) -> Case:
+    if isinstance(case, Case):
+        return case
+    for one in known:
+        if one.name == case:
+            return one
+    names = dict.fromkeys(one.name for one in known)
+    raise ValueError(f"case: expected one of {', '.join(names)}, got {case!r}")

@@ -23,7 +23,7 @@ ALL_JUDGED_FLOPS = 2e10
 
 @dataclass(frozen=True)
 class Posed:
-    """A bench case with its exact results: one problem, or for a large case one per piece of a leading dimension.
+    """A case with its exact results: one problem, or for a large case one per piece of a leading dimension.
 
     In pieces the gradient of an input that all rows share is the sum of the pieces' gradients, and so is its bound.
     note: what is not judged.
@@ -68,8 +68,13 @@ def pose(
 
 def error(posed: Posed, function: Callable[..., Any]) -> float:
     """The largest error of any output or gradient as a fraction of its bound; inf for a wrong shape or dtype."""
+    grads = {name: dy.clone() for name, dy in posed.output_grads.items()}  # others are judged by them too
+    return judge(posed, results(posed.pieces[0][1], function, posed.inputs, grads))
+
+
+def judge(posed: Posed, found: Mapping[str, Tensor]) -> float:
+    """`error` of a call that gave these outputs and gradients (named as in `Problem.exact`)."""
     whole = posed.pieces[0][1]
-    found = results(whole, function, posed.inputs, posed.output_grads)
     for name, got in found.items():
         if got.shape != _like(posed, name).shape or got.dtype != whole.expected_dtype(name):
             return float("inf")

@@ -76,6 +76,11 @@ class Timing:
         pairs = zip(self.samples, other.samples, strict=True)
         return quantiles([ours.seconds - theirs.seconds for ours, theirs in pairs])
 
+    def over(self, other: Timing) -> Quantiles:
+        """Quantiles of the ratios round by round."""
+        pairs = zip(self.samples, other.samples, strict=True)
+        return quantiles([ours.seconds / theirs.seconds for ours, theirs in pairs])
+
 
 def quantiles(values: Sequence[float]) -> Quantiles:
     """Median, p20 and p80, linear between neighbours."""
