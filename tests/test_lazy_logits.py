@@ -127,6 +127,43 @@ def test_logits_after_the_loss_are_the_logits() -> None:
     torch.testing.assert_close(torch.tensor(logits.tolist()), expected.detach())
 
 
+def test_hooks_and_kept_gradients_are_of_the_logits() -> None:
+    """Who asks for them before the loss gets them."""
+    plain, fused, x, targets = heads()
+    results = []
+    for head in (plain, fused):
+        logits, seen = head(x), list[Tensor]()
+        logits.retain_grad()
+        logits.register_hook(seen.append)
+        F.cross_entropy(logits.view(-1, 30), targets.view(-1)).backward()
+        assert logits.grad is not None
+        torch.testing.assert_close(seen[0], logits.grad)
+        results.append(logits.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_modes_are_those_of_the_call() -> None:
+    plain, fused, x, _ = heads()
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        logits = fused(x)
+        with mode:
+            assert logits.sum().dtype == torch.float32
+        assert logits.grad_fn is not None
+        assert torch.equal(logits + 0, plain(x)) or torch.allclose(logits + 0, plain(x), 1e-5, 1e-6)
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant: bool) -> None:
+    plain, fused, x, _ = heads()
+    leaves = []
+    for head in (plain, fused):
+        leaves.append(x.clone().requires_grad_())
+        torch.utils.checkpoint.checkpoint(head, leaves[-1], use_reentrant=reentrant).exp().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    torch.testing.assert_close(fused.weight.grad, plain.weight.grad)
+
+
 def test_copies_and_files_are_of_the_logits() -> None:
     _, fused, x, _ = heads()
     with torch.no_grad():

@@ -503,3 +503,74 @@ def test_autocast_checkpointing_and_inference_mode() -> None:
     again = x.clone().requires_grad_()
     patched(again).sum().backward()
     torch.testing.assert_close(leaf.grad, again.grad)
+
+
+def test_a_forward_of_an_instance_is_left_and_called() -> None:
+    """As accelerate's hooks put it there."""
+    model, x = shaken(Model()).eval(), torch.randn(4, 16)
+    norm, first = model.norm, model.mlp[0]  # type: ignore[index]
+    norm.forward = lambda x: 3 * F.layer_norm(x, (16,))  # type: ignore[method-assign, assignment]
+    expected = model(x)
+    report = fastgpt.patch(model)
+    assert {e.name: e.why for e in report.left} == {"norm": "its forward was exchanged for another"}
+    torch.testing.assert_close(model(x), expected)
+    first.forward = lambda x: x @ torch.ones(16, 40)  # after patching, within a block
+    got = model(x)
+    fastgpt.unpatch(model)
+    torch.testing.assert_close(got, model(x))
+
+
+def test_hooks_on_all_modules_see_the_layers_of_a_block() -> None:
+    model, x, seen = shaken(Model()).eval(), torch.randn(4, 16), list[nn.Module]()
+    fastgpt.patch(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert set(seen) == set(model.modules()) - {model.mlp[2]} | {model.mlp[2]}  # type: ignore[index]
+
+
+def test_torch_func_and_forward_mode_go_to_pytorch() -> None:
+    model, x = shaken(Model()).eval(), torch.randn(4, 16)
+    parameters = dict(model.named_parameters())
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, p, (x,))[:, 0].sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    derivative = torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+    fastgpt.patch(model)
+    got = torch.func.grad(loss)(parameters)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (torch.ones_like(x),))[1], derivative)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x), rtol=1e-4, atol=1e-6)
+
+
+def test_parametrized_layers() -> None:
+    model, x = shaken(Model()).eval(), torch.randn(4, 16)
+    nn.utils.parametrizations.weight_norm(model.mlp[0])  # type: ignore[index]
+    nn.utils.parametrizations.spectral_norm(model.head)
+    expected = model(x)
+    fastgpt.patch(model)
+    torch.testing.assert_close(model(x), expected)
+    nn.utils.parametrizations.weight_norm(model.mlp[3])  # type: ignore[index]
+    with torch.no_grad():
+        model.mlp[3].parametrizations.weight.original0.mul_(2)  # type: ignore[index, union-attr]
+    got = model(x)
+    assert not torch.allclose(got, expected)
+    fastgpt.unpatch(model)
+    torch.testing.assert_close(got, model(x))
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_a_query_that_sees_nothing(kind: str) -> None:
+    module = shaken(nn.MultiheadAttention(32, 4, batch_first=True))
+    patched, x = copy.deepcopy(module), torch.randn(2, 5, 32)
+    fastgpt.patch(patched, strict=True)
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    mask[2] = True
+    given = mask if kind == "bool" else torch.zeros(5, 5).masked_fill(mask, -torch.inf)
+    expected, got = (m(x, x, x, need_weights=False, attn_mask=given)[0] for m in (module, patched))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -49,6 +49,9 @@ def refusal(module: nn.Module) -> str | None:
     now = module.config._attn_implementation  # type: ignore[union-attr]
     if functions is None:
         return "computes its attention itself"
+    models = vars(sys.modules[type(module).__module__]).values()
+    if not any(isinstance(kind, type) and getattr(kind, "_supports_sdpa", False) for kind in models):
+        return "its model does not support SDPA, whose masks ours takes"
     if now not in ("sdpa", "eager", NAME):
         return f"attn_implementation={now!r} was chosen"
     if getattr(module, "sinks", None) is not None:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastgpt import ops
-from fastgpt.interop.layers import approximate_of, is_layer, is_plain, weight_and_bias
+from fastgpt.interop.layers import approximate_of, is_layer, is_ours, is_plain, weight_and_bias
 from fastgpt.interop.swap import ROLES, original
 from fastgpt.ops.linear import APPROXIMATE
 
@@ -169,7 +170,7 @@ def is_silu(module: nn.Module) -> bool:
 
 def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
     """No layer has been exchanged, hooked or brought to another dtype since (adapters, quantisation)."""
-    if activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+    if not is_ours(x) or not is_plain(activation, original(type(activation))) or _has_any_global_hook():
         return False
     if len(layers) == 3:  # they are called as they are
         return approximate_of(activation) is not None or is_silu(activation)
@@ -182,9 +183,7 @@ def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
 
 
 def _does_nothing(dropouts: list[Any]) -> bool:
-    return all(not d.p or not d.training for d in dropouts) and not any(
-        d._forward_hooks or d._forward_pre_hooks for d in dropouts
-    )
+    return all(is_plain(d, nn.Dropout) and not (d.p and d.training) for d in dropouts)
 
 
 def _through(dropouts: list[Any], x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastgpt import ops
-from fastgpt.interop.layers import FusedLinear
+from fastgpt.interop.layers import FusedLinear, is_ours
 
 _Untouched: Any = torch._C.DisableTorchFunctionSubclass
 
@@ -26,7 +26,7 @@ class FusedHead(FusedLinear):
         weight: Tensor = layer.weight
         wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         plain = type(input) is Tensor and type(weight) is nn.Parameter
-        if not wanted or not plain or torch.compiler.is_compiling():
+        if not wanted or not plain or torch.compiler.is_compiling() or not is_ours(input):
             return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):  # as it is now, whenever they are made
@@ -48,9 +48,16 @@ class LazyLogits(Tensor):
         """The tensor itself, with its graph."""
         with _Untouched():
             shape, dtype = self.shape, self.dtype
-        if not self._made:
-            self._made.append(ops.linear(self._x, self._weight).to(dtype))
-        return self._made[0].view(shape)
+        if (
+            not self._made
+        ):  # in the modes of the call that promised them, whatever is on where they are looked at
+            kind = self._x.device.type
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+                self._made.append(ops.linear(self._x, self._weight).to(dtype))
+        made = self._made[0]
+        return (
+            made if made.shape == shape else made.view(shape)
+        )  # itself: hooks and kept gradients are its own
 
     @classmethod
     def __torch_function__(

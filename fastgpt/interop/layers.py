@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastgpt import ops
 from fastgpt.interop.swap import original
@@ -30,6 +31,8 @@ class FusedLayerNorm:
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
+        if not is_ours(input):
+            return super().forward(input)  # type: ignore[misc]
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
 
@@ -38,6 +41,8 @@ class FusedRMSNorm:
     eps: float | None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_ours(x):
+            return super().forward(x)  # type: ignore[misc]
         return ops.rms_norm(x, self.weight, default_eps(x.dtype) if self.eps is None else self.eps)
 
 
@@ -48,7 +53,8 @@ class FusedTransformersRMSNorm:
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype:  # theirs gives then a dtype of its own making
+        # Of two dtypes theirs gives a dtype of its own making.
+        if not is_ours(hidden_states) or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)  # type: ignore[misc]
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -57,12 +63,17 @@ class FusedGELU:
     approximate: str
 
     def forward(self, input: Tensor) -> Tensor:
+        if not is_ours(input):
+            return super().forward(input)  # type: ignore[misc]
         return ops.gelu(input, approximate=self.approximate)
 
 
 class FusedTransformersGELU:
     def forward(self, input: Tensor) -> Tensor:
-        return ops.gelu(input, approximate=approximate_of(self))  # type: ignore[arg-type]
+        approximate = approximate_of(self)  # type: ignore[arg-type]
+        if approximate is None or not is_ours(input):
+            return super().forward(input)  # type: ignore[misc]
+        return ops.gelu(input, approximate=approximate)
 
 
 class FusedLinear:
@@ -71,7 +82,8 @@ class FusedLinear:
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
         weight, bias = weight_and_bias(module)
-        if x.numel() * weight.shape[0] < MUCH or x.dtype != weight.dtype or torch.compiler.is_compiling():
+        much = x.numel() * weight.shape[0] >= MUCH and x.dtype == weight.dtype
+        if not much or torch.compiler.is_compiling() or not is_ours(x):
             return super().forward(x)  # type: ignore[misc]
         return ops.linear(x, weight, bias)
 
@@ -80,9 +92,18 @@ class FusedSoftmax:
     dim: int
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.dim not in (-1, input.dim() - 1):
+        if self.dim not in (-1, input.dim() - 1) or not is_ours(input):
             return super().forward(input)  # type: ignore[misc]
         return ops.softmax(input)
+
+
+def is_ours(*inputs: Tensor) -> bool:
+    """Whether our ops are for these: floating, not nested, and neither torch.func nor forward-mode AD at work."""
+    if torch.compiler.is_compiling():
+        return all(x.is_floating_point() for x in inputs)
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    return all(x.is_floating_point() and not x.is_nested for x in inputs)
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -142,7 +163,7 @@ def is_plain(module: nn.Module, *kinds: Any) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return original(type(module)) in kinds and not any(hooks)
+    return original(type(module)) in kinds and not any(hooks) and "forward" not in module.__dict__
 
 
 def is_layer(module: nn.Module) -> bool:

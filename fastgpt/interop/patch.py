@@ -167,6 +167,8 @@ def _judge(module: nn.Module) -> tuple[str, Left | Replaced] | None:
     """(kind, answer) of the first rule that has one."""
     for kind, rule in _RULES:
         answer = rule(module)
+        if answer is not None and "forward" in module.__dict__:
+            return kind, "its forward was exchanged for another"
         if answer is not None:
             return kind, answer
     return None

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastgpt import ops
-from fastgpt.interop.layers import is_plain
-from fastgpt.interop.swap import original
+from fastgpt.interop.layers import is_ours, is_plain
 
 Mask = Tensor | None
 
@@ -190,7 +190,8 @@ def _covers(attention: Any, inputs: tuple[Tensor, ...], masks: tuple[Mask, Mask]
     padding, mask = masks
     return (
         isinstance(attention, nn.MultiheadAttention)
-        and all(x.dim() == 3 and not x.is_nested for x in inputs)
+        and is_ours(*inputs)
+        and all(x.dim() == 3 for x in inputs)
         and refusal(attention) is None
         and not (is_causal and mask is None)  # which PyTorch refuses
         and all(m is None or m.dtype == torch.bool or m.is_floating_point() for m in masks)
@@ -199,18 +200,18 @@ def _covers(attention: Any, inputs: tuple[Tensor, ...], masks: tuple[Mask, Mask]
 
 
 def _plain_attention(attention: Any) -> bool:
-    kind = original(type(attention))
-    hooked = attention._forward_hooks or attention._forward_pre_hooks or attention._backward_hooks
-    out = type(attention.out_proj), attention.out_proj._forward_hooks or attention.out_proj._forward_pre_hooks
     linear = nn.modules.linear.NonDynamicallyQuantizableLinear
-    return kind is nn.MultiheadAttention and not hooked and out[0] in (linear, nn.Linear) and not out[1]
+    return is_plain(attention, nn.MultiheadAttention) and is_plain(attention.out_proj, linear, nn.Linear)
 
 
 def _plain_layer(layer: Any) -> bool:
+    """Whether the children that a forward here does not call do nothing but what it does in their place."""
     norms = [module for name, module in layer._modules.items() if name.startswith("norm")]
-    return is_plain(layer.linear1, nn.Linear) and is_plain(layer.linear2, nn.Linear) and all(
-        original(type(norm)) is nn.LayerNorm and is_plain(norm, type(norm)) for norm in norms
-    )  # fmt: skip
+    return (
+        not _has_any_global_hook()
+        and all(is_plain(linear, nn.Linear) for linear in (layer.linear1, layer.linear2))
+        and all(is_plain(norm, nn.LayerNorm) for norm in norms)
+    )
 
 
 def _combined(padding: Mask, mask: Mask, heads: int, dtype: torch.dtype) -> Mask:
