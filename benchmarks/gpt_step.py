@@ -137,13 +137,14 @@ def loss_and_gradients(module: nn.Module, call: Model, batch: Tensor, dtype: str
     return loss.item(), gradients
 
 
-def error(got: LossAndGradients, truth: LossAndGradients, dtype: str) -> float:
-    """The largest error as a fraction of its tolerance."""
+def error(got: LossAndGradients, truth: LossAndGradients, dtype: str, floor: float = 0.0) -> float:
+    """The largest error as a fraction of its tolerance; `floor` of the largest gradient is added to each's size."""
     worst = abs(got[0] - truth[0]) / LOSS_TOLERANCE[dtype]
+    least = floor * max(gradient.norm().item() for gradient in truth[1].values())
     for name, gradient in truth[1].items():
         if name not in got[1]:
             return float("inf")
-        relative = ((got[1][name] - gradient).norm() / gradient.norm()).item()
+        relative = ((got[1][name] - gradient).norm() / (gradient.norm() + least)).item()
         worst = max(worst, relative / GRADIENT_TOLERANCE[dtype]) if relative == relative else float("inf")
     return worst
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import hugging_face_models
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, compare, engines, gpt2, gpt_step, limits, report, suites
+from benchmarks import buffers, compare, engines, gpt2, gpt_step, limits, patched, report, suites
 from benchmarks.results import COMPILED, EAGER, FASTGPT, Row, Run, load, slower_than_eager
+from fastgpt import ops
 from fastgpt._core import registry
 from fastgpt._core.spec import Case, Draw
 from fastgpt.models.gpt import GPTConfig
@@ -324,6 +327,32 @@ def test_another_engine_is_timed_where_it_writes_the_same_texts(
     assert rows[engines.HUGGING_FACE, "bf16"].seconds is not None  # rounded weights say other things
     assert rows[engines.LLAMA_CPP, "fp32"].note == "llama_cpp and gguf not installed"
     assert rows[FASTGPT, "int8"].tokens == 12
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_patched_model_is_timed_where_it_gives_the_same(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    model = ("tiny", lambda: (hugging_face_models.model("gpt2"), hugging_face_models.inputs("gpt2")))
+    monkeypatch.setitem(patched.MODELS, "patched_gpt2", model)
+    monkeypatch.setattr(
+        patched, "measure", lambda steps, device, **how: measure(steps, device, **{**how, "seconds": 0.01})
+    )
+    if wrong:
+        monkeypatch.setattr(ops, "gelu", lambda x, approximate: 1.01 * x)
+        monkeypatch.setattr(ops, "mlp", lambda x, *_, activation: 1.01 * x)
+    options = suites.Options(CPU, dtypes=("fp32",), compiled=False)
+    meter = mock.Mock(spec=limits.LimitMeter)
+    (name, job), *_ = patched.jobs(options, suites.Budget(60.0), meter)
+    assert name == "patched_gpt2 fp32"
+    rows = {(row.contender, row.pass_): row for row in job(0.01)}
+    for pass_ in ("fwd", "fwd+bwd"):
+        assert rows[EAGER, pass_].seconds is not None
+        assert (rows[FASTGPT, pass_].seconds is None) == wrong
+        assert ("outside tolerance" in rows[FASTGPT, pass_].note) == wrong
+        assert rows[COMPILED, pass_].note == "not asked for"
 
 
 def test_compare_calls_only_separate_ranges_a_difference() -> None:
