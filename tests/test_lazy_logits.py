@@ -209,3 +209,26 @@ def test_distributed_data_parallel(tmp_path: object) -> None:
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
     finally:
         dist.destroy_process_group()
+
+
+def test_logits_after_a_step_are_an_error() -> None:
+    """They would be those of the new weights."""
+    _, fused, x, targets = heads()
+    logits = fused(x)
+    F.cross_entropy(logits.view(-1, 30), targets.view(-1)).backward()
+    torch.optim.SGD(fused.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="looked at before their weight changes"):
+        logits.argmax(-1)
+    with pytest.raises(RuntimeError, match="looked at before their weight changes"):
+        F.cross_entropy(logits.view(-1, 30), targets.view(-1))
+    seen = fused(x)
+    first = seen.detach().clone()
+    torch.optim.SGD(fused.parameters(), lr=0.1).step()
+    assert torch.equal(seen.detach(), first)
+
+
+def test_a_head_of_yet_another_class_gives_logits() -> None:
+    """As fully_shard makes one, whose weight is gone after the call."""
+    _, fused, x, _ = heads()
+    fused.__class__ = type("Sharded", (type(fused),), {})
+    assert type(fused(x)) is Tensor

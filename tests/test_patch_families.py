@@ -267,3 +267,25 @@ def test_a_tied_head_stays_tied() -> None:
     loss.backward()
     gradient: Tensor = model.transformer.wte.weight.grad
     assert gradient is model.lm_head.weight.grad
+
+
+def test_a_model_that_does_something_else_by_that_name_is_left() -> None:
+    """Sparse attention makes its mask for the names that it knows alone."""
+    hf = pytest.importorskip("transformers")
+    if not hasattr(hf, "DeepseekV32Config"):
+        pytest.skip("needs a transformers with DeepSeek-V3.2")
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as source
+
+    from fastgpt.interop.attention import _asks_for_names
+
+    assert _asks_for_names(source.__name__)
+    for family in ("gpt2", "bert", "vit", "whisper", "t5", "llama"):
+        assert not _asks_for_names(f"transformers.models.{family}.modeling_{family}")
+
+
+def test_a_tensor_that_attention_does_not_know_is_an_error() -> None:
+    from fastgpt.interop.attention import attention
+
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match="indices: expected no tensor of that name"):
+        attention(torch.nn.Identity(), q, q, q, None, indices=torch.zeros(3))

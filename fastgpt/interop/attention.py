@@ -9,6 +9,9 @@ transformers passes no mask, and a causal model looks into the future.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +22,15 @@ from torch import Tensor, nn
 from fastgpt import ops
 
 NAME = "fastgpt"
+# Tensors that models hand on to every attention, of which the masks know already.
+_KNOWN = (
+    "position_ids",
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "num_items_in_batch",
+    "token_type_ids",
+)
 _BEFORE = "_fastgpt_attention"  # of a patched module: the name that its configuration had
 
 
@@ -56,7 +68,17 @@ def refusal(module: nn.Module) -> str | None:
         return f"attn_implementation={now!r} was chosen"
     if getattr(module, "sinks", None) is not None:
         return "has attention sinks"
+    if _asks_for_names(type(module).__module__):
+        return "its model does something else by the name of its attention"
     return None
+
+
+@functools.cache
+def _asks_for_names(module: str) -> bool:
+    """Whether the source compares the name with others than "eager" (as sparse attention does)."""
+    source = inspect.getsource(sys.modules[module])
+    asked = re.findall(r"_attn_implementation\s*(?:==|!=|not in|in)\s*(.+)", source)
+    return any(not re.match(r"""["']eager["']\s*(:|$|\)|and|or)""", right.strip()) for right in asked)
 
 
 def use(model: nn.Module, attentions: Iterable[nn.Module]) -> None:
@@ -111,6 +133,11 @@ def attention(
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
             'output_attentions: expected False, the weights are never in memory: use attn_implementation="eager"'
+        )
+    unknown = [n for n, value in kwargs.items() if isinstance(value, Tensor) and n not in _KNOWN]
+    if unknown:
+        raise NotImplementedError(
+            f'{unknown[0]}: expected no tensor of that name: use attn_implementation="sdpa" or "eager"'
         )
     queries = query.shape[2]
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -34,6 +34,9 @@ class Roles(NamedTuple):
     activation: str
     inner: tuple[str, ...]
     outer: tuple[str, ...]
+    attributes: dict[
+        str, Any
+    ]  # what else the block had when it was tried out: with other values it may do otherwise
 
 
 class FusedBlock:
@@ -42,7 +45,7 @@ class FusedBlock:
         roles: Roles = module.__dict__[ROLES]
         layers = [module._modules[name] for name in roles.layers]
         activation = module._modules[roles.activation]
-        if args or kwargs or not _is_as_it_was(layers, activation, x):
+        if args or kwargs or not _is_as_it_was(module, roles, layers, activation, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         dropouts = [module._modules[name] for name in roles.inner]
         approximate = approximate_of(activation)
@@ -57,7 +60,7 @@ class FusedBlock:
             (w1, b1), name = weight_and_bias(layers[0]), _NAMES[approximate or "none"]
             if len(layers) == 1:
                 y = _through(dropouts, ops.linear(x, w1, b1, activation=name))
-            elif _does_nothing(dropouts):
+            elif does_nothing(dropouts):
                 y = ops.mlp(x, w1, b1, *weight_and_bias(layers[1]), activation=name)
             else:
                 y = _through(dropouts, ops.linear(x, w1, b1, activation=name))
@@ -72,7 +75,13 @@ def find_roles(module: nn.Module) -> Roles | str | None:
     activations = [n for n, child in children.items() if approximate_of(child) is not None or is_silu(child)]
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
     found = len(layers) + len(activations) + len(dropouts)
-    if len(activations) != 1 or not 1 <= len(layers) <= 3 or found != len(children) or module._parameters:
+    if (
+        len(activations) != 1
+        or not 1 <= len(layers) <= 3
+        or found != len(children)
+        or module._parameters
+        or module._buffers
+    ):
         return None
     activation = activations[0]
     if len(layers) < 3 and is_silu(children[activation]):
@@ -81,21 +90,33 @@ def find_roles(module: nn.Module) -> Roles | str | None:
     for order in permutations(layers):
         if len(order) == 3 and shapes[order[0]] != shapes[order[1]]:
             continue
-        places = _try_out(module, order, activation, dropouts)
-        if places is not None:
-            inner, outer = places
-            return Roles(order, activation, inner, outer)
+        # Rows of two kinds, in evaluation and in training, where also a dropout shows that is no module.
+        tried = {
+            _try_out(module, order, activation, dropouts, shape, training)
+            for shape in ((6,), (3, 2))
+            for training in (False, True)
+        }
+        if len(tried) == 1 and (places := tried.pop()) is not None:
+            return Roles(order, activation, *places, _attributes(module))
     return "does something else with its layers than an MLP"
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {n: value for n, value in module.__dict__.items() if not n.startswith("_") and n != "training"}
+
+
 def _try_out(
-    module: nn.Module, layers: tuple[str, ...], activation: str, dropouts: list[str]
+    module: nn.Module,
+    layers: tuple[str, ...],
+    activation: str,
+    dropouts: list[str],
+    shape: tuple[int, ...],
+    training: bool,
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """(dropouts after the activation, dropouts at the end) if the block computes the formula, else None."""
     tiny = copy.copy(module)
     tiny.__class__ = original(type(module))
-    # In training, where a dropout that is no module shows.
-    tiny.__dict__ = {**module.__dict__, "_modules": dict(module._modules), "training": True}
+    tiny.__dict__ = {**module.__dict__, "_modules": dict(module._modules), "training": training}
     generator = torch.Generator().manual_seed(0)
 
     def layer(n: int, k: int, bias: bool) -> nn.Linear:
@@ -120,6 +141,7 @@ def _try_out(
             torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
             * torch.logspace(-2, 2, 6)[:, None]
         )
+        x = x.view(*shape, WIDTH)
         try:
             got = tiny(x)
         except Exception:  # whatever it needs beside x: it is no MLP of x
@@ -168,21 +190,31 @@ def is_silu(module: nn.Module) -> bool:
     )
 
 
-def _is_as_it_was(layers: list[Any], activation: nn.Module, x: Tensor) -> bool:
+def _is_as_it_was(
+    module: nn.Module, roles: Roles, layers: list[Any], activation: nn.Module, x: Tensor
+) -> bool:
     """No layer has been exchanged, hooked or brought to another dtype since (adapters, quantisation)."""
-    if not is_ours(x) or not is_plain(activation, original(type(activation))) or _has_any_global_hook():
+    parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
+    if not is_ours(x, *parameters) or not is_plain(activation, original(type(activation))):
+        return False
+    if _has_any_global_hook() or not _same(_attributes(module), roles.attributes):
         return False
     if len(layers) == 3:  # they are called as they are
         return approximate_of(activation) is not None or is_silu(activation)
-    dtypes = {x.dtype, *(p.dtype for layer in layers for p in layer._parameters.values() if p is not None)}
     return (
         all(is_layer(layer) and is_plain(layer, original(type(layer))) for layer in layers)
         and approximate_of(activation) is not None
-        and (len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type))
+        and (len({x.dtype, *(p.dtype for p in parameters)}) == 1 or torch.is_autocast_enabled(x.device.type))
     )
 
 
-def _does_nothing(dropouts: list[Any]) -> bool:
+def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return now.keys() == then.keys() and all(
+        now[n] is value or bool(now[n] == value) for n, value in then.items()
+    )
+
+
+def does_nothing(dropouts: list[Any]) -> bool:
     return all(is_plain(d, nn.Dropout) and not (d.p and d.training) for d in dropouts)
 
 

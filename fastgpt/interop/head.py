@@ -25,8 +25,9 @@ class FusedHead(FusedLinear):
         layer: Any = self
         weight: Tensor = layer.weight
         wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        plain = type(input) is Tensor and type(weight) is nn.Parameter
-        if not wanted or not plain or torch.compiler.is_compiling() or not is_ours(input):
+        # Whoever made another class of this one (FSDP) takes the weight away after the call.
+        plain = "_fastgpt_fused" in type(self).__dict__ and type(weight) is nn.Parameter
+        if not wanted or not plain or torch.compiler.is_compiling() or not is_ours(input, weight):
             return super().forward(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):  # as it is now, whenever they are made
@@ -42,6 +43,7 @@ class LazyLogits(Tensor):
 
     _x: Tensor
     _weight: Tensor
+    _versions: tuple[int, int]  # of both, when the logits were promised
     _made: list[Tensor]  # the logits, once they are there; of all views together, which share memory
 
     def logits(self) -> Tensor:
@@ -51,6 +53,7 @@ class LazyLogits(Tensor):
         if (
             not self._made
         ):  # in the modes of the call that promised them, whatever is on where they are looked at
+            self.check()
             kind = self._x.device.type
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
                 self._made.append(ops.linear(self._x, self._weight).to(dtype))
@@ -58,6 +61,14 @@ class LazyLogits(Tensor):
         return (
             made if made.shape == shape else made.view(shape)
         )  # itself: hooks and kept gradients are its own
+
+    def check(self) -> None:
+        """RuntimeError if what the logits are made of has changed: they would be others."""
+        if self._versions != (self._x._version, self._weight._version):
+            raise RuntimeError(
+                "logits: expected them to be looked at before their weight changes (optimizer.step), got it after; "
+                'look earlier, or patch(model, exclude="cross_entropy")'
+            )
 
     @classmethod
     def __torch_function__(
@@ -117,6 +128,7 @@ def _promised(
 ) -> LazyLogits:
     lazy: LazyLogits = _Promise.apply(x, weight, shape, dtype)
     lazy._x, lazy._weight, lazy._made = x, weight, made
+    lazy._versions = x._version, weight._version
     return lazy
 
 
@@ -139,6 +151,7 @@ def _without_logits(
     x, weight, made = lazy._x, lazy._weight, lazy._made
     with _Untouched():
         shape, dtype = tuple(lazy.shape), lazy.dtype
+    lazy.check()  # also for a view, which promises anew
     if func is F.cross_entropy:
         return _cross_entropy(x, weight, len(shape), *rest, **options)
     if options:

@@ -31,7 +31,7 @@ class FusedLayerNorm:
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_ours(input):
+        if not is_ours(input, self.weight, self.bias):
             return super().forward(input)  # type: ignore[misc]
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
@@ -41,7 +41,7 @@ class FusedRMSNorm:
     eps: float | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_ours(x):
+        if not is_ours(x, self.weight):
             return super().forward(x)  # type: ignore[misc]
         return ops.rms_norm(x, self.weight, default_eps(x.dtype) if self.eps is None else self.eps)
 
@@ -54,7 +54,7 @@ class FusedTransformersRMSNorm:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Of two dtypes theirs gives a dtype of its own making.
-        if not is_ours(hidden_states) or hidden_states.dtype != self.weight.dtype:
+        if not is_ours(hidden_states, self.weight) or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)  # type: ignore[misc]
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -83,7 +83,7 @@ class FusedLinear:
         module: Any = self
         weight, bias = weight_and_bias(module)
         much = x.numel() * weight.shape[0] >= MUCH and x.dtype == weight.dtype
-        if not much or torch.compiler.is_compiling() or not is_ours(x):
+        if not much or torch.compiler.is_compiling() or not is_ours(x, weight, bias):
             return super().forward(x)  # type: ignore[misc]
         return ops.linear(x, weight, bias)
 
@@ -97,13 +97,19 @@ class FusedSoftmax:
         return ops.softmax(input)
 
 
-def is_ours(*inputs: Tensor) -> bool:
-    """Whether our ops are for these: floating, not nested, and neither torch.func nor forward-mode AD at work."""
+def is_ours(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether our ops are for these: floating tensors and parameters themselves, not nested, and neither torch.func
+    nor forward-mode AD nor a trace at work. A subclass may keep something else behind its memory."""
     if torch.compiler.is_compiling():
-        return all(x.is_floating_point() for x in inputs)
+        return x.is_floating_point() and x.dim() > 0
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    return all(x.is_floating_point() and not x.is_nested for x in inputs)
+    if torch._C._get_tracing_state() is not None:
+        return False
+    given = [x, *(t for t in others if t is not None)]
+    return x.dim() > 0 and all(
+        type(t) in (Tensor, nn.Parameter) and t.is_floating_point() and not t.is_nested for t in given
+    )
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -146,8 +152,11 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def approximate_of(module: nn.Module) -> str | None:
-    """`approximate` of ops.gelu if the module is a GELU, replaced or not; else None."""
-    for kind in type(module).__mro__:
+    """`approximate` of ops.gelu if the module is a GELU, replaced or not; else None, as of what overrides it."""
+    own = original(type(module))
+    for kind in own.__mro__:
+        if own.forward is not getattr(kind, "forward", None):
+            continue
         if kind is nn.GELU:
             return module.approximate  # type: ignore[return-value]
         if kind.__module__ == "transformers.activations" and kind.__name__ in GELUS:

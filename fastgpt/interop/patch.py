@@ -37,7 +37,12 @@ def patch(
     Replaced are layer and RMS norms, GELUs, softmax over the last dimension, MLP blocks, torch.nn's
     MultiheadAttention and Transformer layers, the attention of transformers' models, and their head with the
     cross-entropy on it. This one model is changed, no class and no other model; a module that overrides the `forward`
-    of a class that is known is left, and so is all that is not known. `unpatch` brings everything back.
+    of a class that is known is left, and so is all that is not known. `unpatch` brings their own forwards back;
+    configurations of transformers stay the copies that they became, with the attention's former name.
+
+    What then raises: attention weights that are asked for (`output_attentions`), and logits first looked at after
+    `optimizer.step`. Under torch.func, forward-mode AD and traces PyTorch's own layers run; torch.func over the
+    attention of transformers raises.
 
     Args:
         model: built, on its device. Not compiled: compile what was patched.
@@ -175,8 +180,9 @@ def _judge(module: nn.Module) -> tuple[str, Left | Replaced] | None:
 
 
 def _own(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether it runs the `forward` of that class."""
-    return original(type(module)).forward is known.forward
+    """Whether it runs the `forward` of that class, and what that calls of its own."""
+    kind, parts = original(type(module)), ("forward", "_sa_block", "_ff_block", "_mha_block")
+    return all(getattr(kind, part, None) is getattr(known, part, None) for part in parts)
 
 
 def _layer_norm(module: nn.Module) -> Answer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgpt import ops
+from fastgpt.interop.blocks import does_nothing
 from fastgpt.interop.layers import is_ours, is_plain
 
 Mask = Tensor | None
@@ -169,7 +170,7 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
     activation = gelu_of(layer.activation)
     if activation is None:
         hidden = dropout(layer.activation(ops.linear(x, first.weight, first.bias)))
-    elif layer.training and dropout.p:
+    elif not does_nothing([dropout]):
         hidden = dropout(ops.linear(x, first.weight, first.bias, activation=activation))
     else:
         return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
@@ -180,7 +181,7 @@ def gelu_of(activation: Any) -> str | None:
     """The name of a layer's activation for ops.linear; None if it is no GELU."""
     if activation is F.gelu:
         return "gelu"
-    if isinstance(activation, nn.GELU) and is_plain(activation, type(activation)):
+    if isinstance(activation, nn.GELU) and is_plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     return None
 
@@ -190,7 +191,7 @@ def _covers(attention: Any, inputs: tuple[Tensor, ...], masks: tuple[Mask, Mask]
     padding, mask = masks
     return (
         isinstance(attention, nn.MultiheadAttention)
-        and is_ours(*inputs)
+        and is_ours(*inputs, *attention.parameters())
         and all(x.dim() == 3 for x in inputs)
         and refusal(attention) is None
         and not (is_causal and mask is None)  # which PyTorch refuses
