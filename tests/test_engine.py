@@ -10,8 +10,9 @@ import torch
 from test_decoding import model as decoding_model
 
 from fastgpt.decoding import Decoder
-from fastgpt.generate import Continuation, Engine, Sampling, _likeliest, generate, perplexity
+from fastgpt.generate import Continuation, Engine, Sampling, generate, perplexity
 from fastgpt.models.gpt import GPT
+from fastgpt.sampling import _likeliest
 from fastgpt.testing.memory import same_bits
 
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8], list(range(20, 35)), [50] * 4]

@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,15 +44,8 @@ def register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _mask_like(sdpa_mask))
-
-
-def _mask_like(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    def fastgpt_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        """As for SDPA: boolean [B, 1, Tq, Tk], True where a query may look; None where `is_causal` says all."""
-        return sdpa_mask(*args, **kwargs)
-
-    return fastgpt_mask
+    # Boolean [B, 1, Tq, Tk], True where a query may look; None where `is_causal` says all.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -121,7 +114,7 @@ def attention(
     """(output [B, Tq, H, D], None) of query [B, H, Tq, D], key and value [B, Hkv, Tk, D].
 
     Args:
-        attention_mask: of `fastgpt_mask`, or a model's own: boolean, or float and added.
+        attention_mask: as for SDPA, or a model's own: boolean, or float and added.
         position_bias: added to the scores as well (T5), [1 or B, H, Tq, Tk].
         is_causal: where there is no mask: each query sees the keys up to its own place; `module.is_causal` when None.
 

@@ -34,9 +34,7 @@ class Roles(NamedTuple):
     activation: str
     inner: tuple[str, ...]
     outer: tuple[str, ...]
-    attributes: dict[
-        str, Any
-    ]  # what else the block had when it was tried out: with other values it may do otherwise
+    attributes: dict[str, Any]  # what else it had when it was tried out: with others it may do otherwise
 
 
 class FusedBlock:

@@ -50,17 +50,15 @@ class LazyLogits(Tensor):
         """The tensor itself, with its graph."""
         with _Untouched():
             shape, dtype = self.shape, self.dtype
-        if (
-            not self._made
-        ):  # in the modes of the call that promised them, whatever is on where they are looked at
+        if not self._made:
             self.check()
+            # In the modes of the call that promised them, whatever is on where they are looked at.
             kind = self._x.device.type
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
                 self._made.append(ops.linear(self._x, self._weight).to(dtype))
         made = self._made[0]
-        return (
-            made if made.shape == shape else made.view(shape)
-        )  # itself: hooks and kept gradients are its own
+        # Itself where it can be: hooks and kept gradients are a tensor's own.
+        return made if made.shape == shape else made.view(shape)
 
     def check(self) -> None:
         """RuntimeError if what the logits are made of has changed: they would be others."""

@@ -210,6 +210,7 @@ def _plain_layer(layer: Any) -> bool:
     norms = [module for name, module in layer._modules.items() if name.startswith("norm")]
     return (
         not _has_any_global_hook()
+        and is_ours(*layer.parameters())
         and all(is_plain(linear, nn.Linear) for linear in (layer.linear1, layer.linear2))
         and all(is_plain(norm, nn.LayerNorm) for norm in norms)
     )

@@ -141,7 +141,9 @@ def stream_uncached(
     ids = encode(tokenizer, prompt)
     text, tokens = Text(tokenizer, ids, stop), list[int]()
     start = torch.tensor([ids], device=model.wte.weight.device)
-    limit = sampling.limit(ids, model.config.max_seq_length)
+    limit, context = sampling.limit(ids, model.config.max_seq_length), model.config.max_seq_length
+    if sampling.max_new_tokens is None and limit < 1:
+        raise ValueError(f"prompt: expected fewer than {context} tokens, the model's context, got {len(ids)}")
     sampling = within(tokenizer, replace(sampling, max_new_tokens=limit), model.config)
     for token in stream(model, start, **vars(sampling)):
         tokens.append(int(token))
