@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from fastgpt.tasks.text import Timer
 
-EXTRAS = ("matplotlib", "safetensors", "tokenizers", "tqdm", "tyro")  # what fastgpt[all] brings for this file
+# What fastgpt[all] brings, by the name that is imported.
+EXTRAS = (
+    "babel", "matplotlib", "num2words", "numpy", "PIL", "sacrebleu", "safetensors", "scipy", "sklearn", "soundfile",
+    "tokenizers", "tqdm", "tyro",
+)  # fmt: skip
 
 
 def train(
@@ -155,7 +159,7 @@ def generate(
     Args:
         model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
         prompt: The text to continue.
-        prompts: A JSONL file instead: on each line an object with a "prompt".
+        prompts: A JSONL file instead: on each line an object with a "prompt". Bad lines are left out, and counted.
         out: Where its continuations go, as JSONL; a run that was cut short goes on where it ended.
         max_new_tokens: Tokens to add; without it 200, or as many as the context has room for.
         temperature: 0 takes the likeliest token each time; higher is more varied.
@@ -193,10 +197,11 @@ def generate(
         return _show(prompt, pieces, text.Timer(gpt))
     engine = Engine(gpt, weights=weights, batch=1 if prompts is None else batch)
     if prompts is not None and out is not None:
-        written, speed = text.continue_file(
+        written, speed, left_out = text.continue_file(
             engine, tokenizer, prompts, out, sampling, samples=samples, stop=stop
         )
         print(f"{written} texts written to {out}" + (f"; {speed}" if speed else ": all were there"))
+        print(left_out, end="\n" if left_out else "", file=sys.stderr)
         return 0
     assert prompt is not None
     return _show(prompt, text.stream_text(engine, tokenizer, prompt, sampling, stop), text.Timer(engine))

@@ -4,7 +4,7 @@ prompt goes through the tiled attention and the products of many rows."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 MOST_ROWS = 64  # sequences at once
 CPU = "cpu"
+
+
+class Features(NamedTuple):
+    """What stands in some places of a prompt instead of a token: of an image, or a sound."""
+
+    places: Tensor  # int64 [N], ascending
+    values: Tensor  # [N, embedding_dim]
 
 
 class Decoder:
@@ -127,13 +134,18 @@ class Decoder:
         return self.step(tokens[-1:], torch.tensor([row]))
 
     @torch.no_grad()
-    def append(self, row: int, tokens: Tensor) -> None:
-        """Tokens [T] are appended to the sequence in `row`; those of an empty one go through the layers together."""
+    def append(self, row: int, tokens: Tensor, features: Features | None = None) -> None:
+        """Tokens [T] are appended to the sequence in `row`; those of an empty one go through the layers together.
+
+        Only an empty sequence takes `features`, in places of these tokens.
+        """
         _check_tensor("tokens", tokens)
         self._check_row("row", row)
         tokens = self._check_room(row, tokens)
+        if features is not None:
+            self._check_features(row, len(tokens), features)
         if int(self.lengths[row]) == 0 and len(tokens):
-            self._run_through(row, tokens)
+            self._run_through(row, tokens, features)
             self.lengths[row] = len(tokens)
             return
         for token in tokens:
@@ -148,10 +160,25 @@ class Decoder:
             )
         return tokens
 
-    def _run_through(self, row: int, tokens: Tensor) -> None:
+    def _check_features(self, row: int, length: int, features: Features) -> None:
+        places, values = features
+        if int(self.lengths[row]):
+            raise ValueError(
+                f"features: expected them in an empty sequence, got {int(self.lengths[row])} tokens"
+            )
+        if values.shape != (len(places), self.config.embedding_dim):
+            wanted = (len(places), self.config.embedding_dim)
+            raise ValueError(f"features: expected shape {wanted}, got {tuple(values.shape)}")
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < length:
+            raise ValueError(f"features: expected places of 0 to {length - 1}, got {places.tolist()}")
+
+    def _run_through(self, row: int, tokens: Tensor, features: Features | None) -> None:
         """The keys and values of a sequence's first tokens [T]."""
         w, length = self.weights, len(tokens)
-        x = _rows_of(w.embedding, tokens) * w.embedding_scale + w.positions[:length]  # fp32 [T, D]
+        x = _rows_of(w.embedding, tokens) * w.embedding_scale  # fp32 [T, D]
+        if features is not None:
+            x[features.places] = features.values.float()
+        x = x + w.positions[:length]
         for layer, block in enumerate(w.blocks):
             y = _normed(x, block.ln_1, w.eps)
             qkv = self._through(block.qkv, y)

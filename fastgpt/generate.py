@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.decoding import CPU, Decoder
+from fastgpt.decoding import CPU, Decoder, Features
 from fastgpt.models.gpt import GPT, check_ids
 from fastgpt.nn import evaluating
 from fastgpt.sampling import Sampling as Sampling
@@ -158,10 +158,12 @@ class Engine:
         *,
         samples: int = 1,
         only: Sequence[tuple[int, int]] | None = None,
+        features: Sequence[Features | None] | None = None,
     ) -> Iterator[Continuation]:
         """Every continuation each time that it has grown by a token (or ended without one), until all have ended.
 
         `samples` of each prompt, or `only` these (prompt, sample). Who sets `finished` ends a continuation.
+        `features`: for each prompt what takes the place of some of its tokens, but of the last.
 
         A prompt takes a row when one is free and leaves it when it ends: no time goes into padding. Sample i draws
         from a generator of its own, seeded by `sampling.seed` and i alone, so that a text depends neither on the
@@ -177,7 +179,11 @@ class Engine:
         self.check(sampling, prompts, [f"prompt {i}" for i in range(len(prompts))])
         if only is None:
             only = [(i, j) for i in range(len(prompts)) for j in range(samples)]
-        return self._run(prompts, sampling, only)
+        if features is not None and len(features) != len(prompts):
+            raise ValueError(
+                f"features: expected one for each of {len(prompts)} prompts, got {len(features)}"
+            )
+        return self._run(prompts, sampling, only, features or [None] * len(prompts))
 
     def check(self, sampling: Sampling, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
         """ValueError, by the prompt's name, unless each can be continued so."""
@@ -199,7 +205,11 @@ class Engine:
                 raise ValueError(f"{name}: expected none equal to pad_idx={pad}")
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, only: Sequence[tuple[int, int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        only: Sequence[tuple[int, int]],
+        features: Sequence[Features | None],
     ) -> Iterator[Continuation]:
         waiting = deque(Continuation(i, j) for i, j in only)
         free, active = list(range(self.decoder.batch))[::-1], _Active()
@@ -224,7 +234,8 @@ class Engine:
                 elif like is not None:  # another sample of this prompt
                     self.decoder.copy(like, row, len(prompt) - 1)
                 else:
-                    self.decoder.append(row, torch.tensor(prompt[:-1], dtype=torch.int64))
+                    tokens = torch.tensor(prompt[:-1], dtype=torch.int64)
+                    self.decoder.append(row, tokens, features[new.prompt])
             if not active:
                 continue
             rows = sorted(active)
@@ -232,8 +243,8 @@ class Engine:
             logits = self.decoder.step(last, torch.tensor(rows))
             self.active = len(rows)
             drawn = [(active[row][0], active[row][2]) for row in rows]
-            tokens, logprobs = self._draw(logits, drawn, sampling)
-            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            chosen, logprobs = self._draw(logits, drawn, sampling)
+            for row, token, logprob in zip(rows, chosen, logprobs, strict=True):
                 of, _, generator = active[row]
                 active[row] = of, token, generator
                 of.tokens.append(token)

@@ -24,6 +24,7 @@ __all__ = [
     "PositionalEncoding",
     "RMSNorm",
     "RotaryEmbedding",
+    "SelfAttention",
     "Softmax",
 ]
 
@@ -228,12 +229,14 @@ class MLP(nn.Module):
         )
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention with one packed projection to q, k, v.
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one packed projection to q, k, v: every position looks at all.
 
-    `mask` is boolean (True = may look) or float, broadcastable to [B, H, T, T], on top of causality.
+    `mask` is boolean (True = may look) or float, broadcastable to [B, H, T, T].
     `dropout` drops elements of the output, `attention_dropout` probabilities.
     """
+
+    causal = False
 
     def __init__(
         self,
@@ -261,15 +264,24 @@ class CausalSelfAttention(nn.Module):
         qkv = _linear(self.c_attn, x, self.backend)
         p = self.attention_dropout if self.training else 0.0
         out = ops.attention_qkv(
-            qkv, self.num_heads, causal=True, mask=mask, dropout_p=p, backend=self.backend
+            qkv, self.num_heads, causal=self.causal, mask=mask, dropout_p=p, backend=self.backend
         )
         out = out.transpose(1, 2).reshape(batch, length, dim)
         out = _linear(self.c_proj, out, self.backend)
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
 
 
+class CausalSelfAttention(SelfAttention):
+    """`SelfAttention` where no position sees a later one."""
+
+    causal = True
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block, as in GPT-2: `x += attn(ln_1(x)); x += mlp(ln_2(x))`."""
+    """A pre-norm transformer block, as in GPT-2: `x += attn(ln_1(x)); x += mlp(ln_2(x))`.
+
+    With `causal=False` every position looks at all, as in an encoder.
+    """
 
     def __init__(
         self,
@@ -282,11 +294,12 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
         bias: bool = True,
         eps: float = 1e-5,
+        causal: bool = True,
         backend: Backend = None,
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(dim, eps, bias=bias, backend=backend)
-        self.attn = CausalSelfAttention(
+        self.attn = (CausalSelfAttention if causal else SelfAttention)(
             dim, num_heads, dropout, attention_dropout=attention_dropout, bias=bias, backend=backend
         )
         self.ln_2 = LayerNorm(dim, eps, bias=bias, backend=backend)

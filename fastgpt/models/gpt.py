@@ -190,32 +190,49 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         config = self.config
         check_tokens(tokens, targets, config, self.wte.weight.device)
-        mask = (
-            None if config.pad_idx is None else (tokens != config.pad_idx)[:, None, None, :]
-        )  # [B, 1, 1, T]
-        stream = self.embed(tokens)
+        return self.head(self.hidden(self.embed(tokens), tokens), targets)
+
+    def hidden(self, stream: Tensor, tokens: Tensor) -> Tensor:
+        """What the head sees, [B, T, embedding_dim], of an embedded stream; padding among `tokens` is hidden."""
+        pad = self.config.pad_idx
+        mask = None if pad is None else (tokens != pad)[:, None, None, :]  # [B, 1, 1, T]
         delta: Tensor | None = None
         block: Any  # a Block, or what wraps one
         for block in self.h:
             delta, stream = block.advance(delta, stream, mask)
-        x, _ = self.ln_f(delta, stream)
-        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        if targets is None:
-            return ops.linear(x, head, backend=config.backend)
-        labels = counted(targets, config.pad_idx)
-        return ops.linear_cross_entropy(x, head, labels, ignore_index=IGNORE_INDEX, backend=config.backend)
+        return self.ln_f(delta, stream)[0]
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def head(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """Logits of hidden states, or with targets the loss."""
+        config = self.config
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        if targets is None:
+            return ops.linear(x, weight, backend=config.backend)
+        labels = counted(targets, config.pad_idx)
+        return ops.linear_cross_entropy(x, weight, labels, ignore_index=IGNORE_INDEX, backend=config.backend)
+
+    def embed(self, tokens: Tensor, features: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """The stream [B, T, D] that enters the first block.
+
+        Features [N, D] take, in order, the places of as many tokens as `places` [B, T] is True for; what stands
+        there as a token does not count. Positions are added to them as to tokens.
+        """
         config, learned = self.config, self.config.positions == "learned"
+        fused = learned and features is None
         x = ops.embedding(
             tokens.long(),
             self.wte.weight,
-            self.wpe.weight if learned else None,
+            self.wpe.weight if fused else None,
             padding_idx=config.pad_idx,
             backend=config.backend,
         )
+        x = x if learned else x * math.sqrt(config.embedding_dim)
+        if features is not None and places is not None:
+            x = x.masked_scatter(places[..., None], features.to(x.dtype))
         if not learned:
-            x = self.positions(x * math.sqrt(config.embedding_dim), tokens)
+            x = self.positions(x, tokens)
+        elif not fused:
+            x = x + self.wpe.weight[: tokens.shape[1]]
         p = config.input_dropout
         return F.dropout(x, p) if p and self.training else x
 

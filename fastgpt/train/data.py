@@ -6,13 +6,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.train.tokenizer import Tokenizer, make_tokenizer
 
-Batch = tuple[Tensor, Tensor]  # tokens and targets, int64 [B, T]; targets[t] is what follows tokens[t]
+# What a model is called with for its loss. Of a text: tokens and targets, int64 [B, T]; targets[t] follows tokens[t].
+Batch = tuple[Any, ...]  # tensors, or None
 
 
 def read_text(paths: Sequence[str | os.PathLike[str]]) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt.models.gpt import IGNORE_INDEX
 from fastgpt.nn import evaluating
 from fastgpt.train.data import Batch, Corpus, batches, held_out_batches
 
-Record = dict[
-    str, float
-]  # one logged step: step, loss, lr, grad_norm, tokens_per_s, and held_out where measured
+# One logged step: step, loss, lr, grad_norm, tokens_per_s (or of what is counted), and what was measured, as held_out.
+Record = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,36 @@ class TrainConfig:
         return low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in PyTorch's fused form; weight decay on matrices only, not on biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW in PyTorch's fused form; weight decay on matrices only, not on biases and norms.
+
+    `rates` are peak learning rates of children of the model, by name, other than the config's; the schedule is the
+    same. A child with rate 0 has no place in the optimizer; who wants to save its gradients freezes it.
+    """
+    rates = dict(rates or {})
+    unknown = sorted(set(rates) - {name for name, _ in model.named_children()})
+    if unknown or not all(rate >= 0 for rate in rates.values()):
+        raise ValueError(
+            f"rates: expected rates >= 0 for {', '.join(n for n, _ in model.named_children())}, got {rates}"
+        )
+    groups: list[dict[str, Any]] = []
+    for part in [None, *rates]:
+        rate = config.lr if part is None else rates[part]
+        own = [
+            p
+            for name, p in model.named_parameters()
+            if p.requires_grad
+            and (name.partition(".")[0] if name.partition(".")[0] in rates else None) == part
+        ]
+        if rate == 0 or not own:
+            continue
+        scale = rate / config.lr
+        groups += [
+            {"params": [p for p in own if p.dim() >= 2], "weight_decay": config.weight_decay, "scale": scale},
+            {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0, "scale": scale},
+        ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -84,9 +107,9 @@ def train_step(
     """One update from the batches of `work`, which count alike; returns the loss and the gradient's norm."""
     work = list(work)
     loss = 0.0
-    for tokens, targets in work:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
-            part: Tensor = model(tokens, targets) / len(work)
+    for batch in work:
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=config.bf16):
+            part: Tensor = model(*batch) / len(work)
         part.backward()
         loss += part.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -96,7 +119,7 @@ def train_step(
             f"step {step}: loss {loss}, gradient norm {norm}: training diverged; try a lower lr"
         )
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
+        group["lr"] = config.lr_at(step) * group["scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
@@ -104,13 +127,14 @@ def train_step(
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, work: Iterable[Batch], config: TrainConfig) -> float:
-    """Mean over all tokens of `work`, in nats a token."""
+    """Mean over all targets of `work` (the last tensor of a batch) that count, in nats."""
     total, count = 0.0, 0
     with evaluating(model):
-        for tokens, targets in work:
-            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.bf16):
-                total += model(tokens, targets).item() * targets.numel()
-            count += targets.numel()
+        for batch in work:
+            counted = int((batch[-1] != IGNORE_INDEX).sum())
+            with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=config.bf16):
+                total += model(*batch).item() * counted
+            count += counted
     return total / count
 
 
@@ -124,42 +148,70 @@ def train(
     on_record: Callable[[Record], None] | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """Train the model in place; `on_record` sees every record as it is made. Returns all of them.
+    """Train a language model in place on a text; records and their order as of `fit`.
 
     The held-out loss is measured every `eval_every` steps and after the last.
     """
-    model.to(device).train()
-    optimizer = make_optimizer(model, config)
-    source = _on(device, batches(corpus.train, config.batch_size, seq_length, config.seed))
+    source = batches(corpus.train, config.batch_size, seq_length, config.seed)
     held_out = held_out_batches(corpus.held_out, config.batch_size, seq_length, config.eval_batches)
+    return fit(
+        model, source, config, lambda: {"held_out": held_out_loss(model, _on(device, held_out), config)},
+        device=device, on_record=on_record, progress=progress,
+    )  # fmt: skip
+
+
+def fit(
+    model: nn.Module,
+    source: Iterator[Batch],
+    config: TrainConfig,
+    evaluate: Callable[[], Record],
+    *,
+    rates: Mapping[str, float] | None = None,
+    unit: str = "tokens",
+    device: str = "cpu",
+    on_record: Callable[[Record], None] | None = None,
+    progress: bool = True,
+) -> list[Record]:
+    """Train the model in place; `on_record` sees every record as it is made. Returns all of them.
+
+    Args:
+        source: batches; `model(*batch)` is the loss.
+        evaluate: what else to record every `eval_every` steps and after the last.
+        rates: learning rates of parts of the model, as for `make_optimizer`.
+        unit: what is counted: elements of the first tensor of a batch ("tokens"), or its rows ("images", ...).
+    """
+    model.to(device).train()
+    optimizer = make_optimizer(model, config, rates)
+    source = _on(device, source)
     records: list[Record] = []
     bar = _progress_bar(config.steps) if progress else None
-    tokens_per_step = config.accumulate * config.batch_size * seq_length
-    busy, steps_since = 0.0, 0  # time in training steps alone, since the last record
+    busy, count = 0.0, 0  # time in training steps alone, and what they took, since the last record
     try:
         for step in range(config.steps):
             start = time.perf_counter()
             work = [next(source) for _ in range(config.accumulate)]
             loss, norm = train_step(model, optimizer, work, step, config)
-            busy, steps_since = busy + time.perf_counter() - start, steps_since + 1
+            busy += time.perf_counter() - start
+            count += sum(batch[0].numel() if unit == "tokens" else len(batch[0]) for batch in work)
             if bar is not None:
                 bar.update()
             last = step + 1 == config.steps
-            evaluate = last or (step + 1) % config.eval_every == 0
-            if not (evaluate or step == 0 or (step + 1) % config.log_every == 0):
+            evaluates = last or (step + 1) % config.eval_every == 0
+            if not (evaluates or step == 0 or (step + 1) % config.log_every == 0):
                 continue
-            rate = steps_since * tokens_per_step / busy
+            rate = count / busy
             record: Record = {
-                "step": step + 1, "loss": loss, "lr": config.lr_at(step), "grad_norm": norm, "tokens_per_s": rate
+                "step": step + 1, "loss": loss, "lr": config.lr_at(step), "grad_norm": norm, f"{unit}_per_s": rate
             }  # fmt: skip
-            busy, steps_since = 0.0, 0
-            if evaluate:
-                record["held_out"] = held_out_loss(model, _on(device, held_out), config)
+            busy, count = 0.0, 0
+            measured = evaluate() if evaluates else {}
+            record |= measured
             records.append(record)
             if bar is not None:
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-                if evaluate:
-                    bar.write(f"step {step + 1}: loss {loss:.4f}, held out {record['held_out']:.4f}")
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} {unit}/s")
+                if evaluates:
+                    shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items()]
+                    bar.write(", ".join([f"step {step + 1}: loss {loss:.4f}", *shown]))
             if on_record is not None:
                 on_record(record)
     finally:
@@ -169,8 +221,8 @@ def train(
 
 
 def _on(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
-    for tokens, targets in source:
-        yield tokens.to(device), targets.to(device)
+    for batch in source:
+        yield tuple(t if t is None else t.to(device) for t in batch)
 
 
 def _progress_bar(steps: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -53,8 +54,11 @@ class BPETokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size()
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Byte-level BPE as in GPT-2: every text can be encoded, and decodes to itself."""
+    def train(cls, text: str, vocab_size: int, special: Sequence[str] = ()) -> BPETokenizer:
+        """Byte-level BPE as in GPT-2: every text can be encoded, and decodes to itself.
+
+        `special` are tokens of their own beside those `vocab_size`; decoding leaves them out.
+        """
         if vocab_size < 256:
             raise ValueError(f"vocab_size: expected at least 256 (one token a byte), got {vocab_size}")
         if vocab_size > 2**31:
@@ -69,6 +73,7 @@ class BPETokenizer:
         )  # sorted: the ids must not change from run to run
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator([text], trainer)
+        tokenizer.add_special_tokens(list(special))
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
