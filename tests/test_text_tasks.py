@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def jsonl(path: Path, lines: list[Any]) -> Path:
     return path
 
 
-def run(engine: Engine, source: Path, target: Path, **options: Any) -> tuple[int, text.Speed | None]:
+def run(engine: Engine, source: Path, target: Path, **options: Any) -> text.Continued:
     sampling = Sampling(options.pop("max_new_tokens", 6), temperature=1.5, seed=3)
     return text.continue_file(engine, ByteTokenizer(), source, target, sampling, progress=False, **options)
 
@@ -43,8 +44,8 @@ def results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 def test_every_prompt_of_a_file_has_its_texts(engine: Engine, tmp_path: Path) -> None:
     source, target = jsonl(tmp_path / "in.jsonl", [LINES[0], "", *LINES[1:]]), tmp_path / "out.jsonl"
-    written, speed = run(engine, source, target, samples=2)
-    assert written == 8
+    written, speed, left_out = run(engine, source, target, samples=2)
+    assert (written, left_out) == (8, "")
     assert speed is not None
     assert speed.tokens == 48
     assert "tokens/s" in str(speed)
@@ -78,37 +79,59 @@ def test_a_run_that_was_cut_short_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(engine, "run", interrupted)
         with pytest.raises(
-            KeyboardInterrupt, match=r"\d of 4 texts written to .*out\.jsonl; the same command"
+            KeyboardInterrupt, match=r"\d of 4 results written to .*out\.jsonl; the same command"
         ):
             run(engine, source, target)
     before = len(results(target))
     assert 0 < before < 4  # what was written is whole
     with open(target, "a") as file:
         file.write('{"prompt": "cut')  # as a kill in the middle of a write leaves it
-    written, _ = run(engine, source, target)
-    assert written == 4 - before
+    assert run(engine, source, target).texts == 4 - before
     assert results(target) == results(tmp_path / "whole.jsonl")
-    assert run(engine, source, target) == (0, None)
+    assert run(engine, source, target) == (0, None, "")
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([LINES[0], "{"], r"in\.jsonl:2: expected JSON"),
-        (["[1]"], r"in\.jsonl:1: expected a JSON object, got list"),
-        ([{"text": "a"}], r'in\.jsonl:1: expected an object with a "prompt" of text, got the fields text'),
-        ([{"prompt": 3}], r'in\.jsonl:1: expected an object with a "prompt" of text, got int'),
-        ([LINES[0], {"prompt": ""}], r"in\.jsonl:2: expected some text, got an empty prompt"),
-        ([{"prompt": "a" * 38}], r"in\.jsonl:1: expected at most 40 tokens, the model's context, got 38 and"),
-        ([], r"in\.jsonl: expected a line for each prompt, got none"),
-    ],
-)
-def test_a_bad_line_is_named_before_anything_is_written(
-    engine: Engine, tmp_path: Path, lines: list[Any], message: str
+BAD = [
+    ("{", r"expected JSON"),
+    ("[1]", r"expected a JSON object, got list"),
+    ({"text": "a"}, r'expected an object with a "prompt" of text, got the fields text'),
+    ({"prompt": 3}, r'expected an object with a "prompt" of text, got int'),
+    ({"prompt": ""}, r'expected some text, got an empty "prompt"'),
+    ('{"prompt": "\\ud800"}', r'expected text in "prompt", got .*surrogates'),
+    ({"prompt": "a" * 38}, r"expected at most 40 tokens, the model's context, got 38 and"),
+    ({"prompt": "a", "text": "mine"}, r"expected no field called text, which the result has"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_bad_line_is_left_out_and_named(engine: Engine, tmp_path: Path, line: Any, message: str) -> None:
+    source, target = jsonl(tmp_path / "in.jsonl", [LINES[0], line, LINES[1]]), tmp_path / "out.jsonl"
+    written, _, left_out = run(engine, source, target)
+    assert written == 2
+    assert re.match(rf"bad lines, left out: 1; the first: .*in\.jsonl:2: {message}", left_out)
+    made = [json.loads(line) for line in target.read_text().splitlines()]
+    (bad,) = [line for line in made if "error" in line]
+    assert bad.keys() == {"line", "error"}
+    assert bad["line"] == 2
+    assert re.search(rf"in\.jsonl:2: {message}", bad["error"])
+    assert {line["line"] for line in made if "text" in line} == {1, 3}
+    assert run(engine, source, target) == (0, None, left_out)
+    assert len(target.read_text().splitlines()) == 3  # not told twice
+    jsonl(source, [LINES[0], {"prompt": "put right"}, LINES[1]])
+    again = run(engine, source, target)
+    assert (again.texts, again.left_out) == (1, "")
+    assert results(target)[2, 0]["prompt"] == "put right"
+
+
+def test_options_and_files_that_cannot_be_are_told_before_anything_is_written(
+    engine: Engine, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(engine, jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match=r"in\.jsonl: expected a JSON object on each line, got none"):
+        run(engine, jsonl(tmp_path / "in.jsonl", []), target)
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 0, got -1"):
+        run(engine, jsonl(tmp_path / "in.jsonl", LINES), target, max_new_tokens=-1)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize(
@@ -116,14 +139,15 @@ def test_a_bad_line_is_named_before_anything_is_written(
     [
         (
             '{"line": 9, "sample": 0, "text": "x"}\n',
-            r"out\.jsonl:1: expected a text made of these prompts, .* line 9",
+            r"out\.jsonl:1: expected a result of .*in\.jsonl, .* line 9",
         ),
         (
             '{"line": 2, "sample": 0, "text": "x", "prompt": "ab"}\n',
-            r"out\.jsonl:1: expected a text made of these",
+            r"out\.jsonl:1: expected a result of .*in\.jsonl, .* line 2",
         ),
-        ("notes without an end", r"out\.jsonl: expected texts made of these prompts, or no such file"),
-        ("a list\nof things\nto do", r"out\.jsonl:1: expected JSON"),
+        ("notes without an end", r"out\.jsonl: expected results of .*in\.jsonl, or no such file"),
+        ("a list\nof things\nto do", r"out\.jsonl: expected results of .*in\.jsonl, or no such file"),
+        ('{"id": 7}\n', r"out\.jsonl:1: expected a result of .*in\.jsonl, .* line None"),
     ],
 )
 def test_another_file_is_left_as_it_was(engine: Engine, tmp_path: Path, content: str, message: str) -> None:
@@ -141,21 +165,16 @@ def test_without_a_limit_each_prompt_has_the_room_that_it_leaves(engine: Engine,
         1: 2,
         2: 39,
     }
-    with pytest.raises(
-        ValueError, match=r"in\.jsonl:1: expected at most 40 tokens, the model's context, got 40"
-    ):
-        run(engine, jsonl(source, [{"prompt": "a" * 40}]), tmp_path / "other.jsonl", max_new_tokens=None)
+    full = run(engine, jsonl(source, [{"prompt": "a" * 40}]), tmp_path / "other.jsonl", max_new_tokens=None)
+    assert "in.jsonl:1: expected at most 40 tokens, the model's context, got 40" in full.left_out
 
 
 def test_prompts_are_never_written_over(engine: Engine, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "a"}\n{"prompt": "b"}')
-    with pytest.raises(ValueError, match="expected another file than that of the prompts"):
+    with pytest.raises(ValueError, match="expected another file than that of the lines"):
         run(engine, source, source)
     assert source.read_text() == '{"prompt": "a"}\n{"prompt": "b"}'
-    jsonl(source, [{"prompt": "a", "text": "mine"}])
-    with pytest.raises(ValueError, match=r"in\.jsonl:1: expected no field called text, which the result has"):
-        run(engine, source, tmp_path / "out.jsonl")
     jsonl(source, [r'{"prompt": "a", "id": "\ud800"}'])
     assert run(engine, source, tmp_path / "out.jsonl")[0] == 1
     assert results(tmp_path / "out.jsonl")[1, 0]["id"] == "\ud800"

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt.generate import Engine, Sampling, stream
-from fastgpt.models.checkpoint import parse_object
+from fastgpt.decoding import Features
+from fastgpt.generate import Continuation, Engine, Sampling, stream
 from fastgpt.models.gpt import GPT, GPTConfig
+from fastgpt.tasks.jsonl import Fields, Job, text_field
 from fastgpt.train.data import read_text
 from fastgpt.train.tokenizer import Tokenizer
 
-_RESULT = ("line", "sample", "text", "tokens", "logprob", "finished")  # fields of a line of results
+_RESULT = ("sample", "text", "tokens", "logprob", "finished")  # fields of a line of results
 REPLACEMENT = "\ufffd"  # what a character of several bytes looks like while it is under way
 
 
@@ -154,6 +153,42 @@ def stream_uncached(
             return
 
 
+def ended(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    only: Sequence[tuple[int, int]] | None = None,
+    stop: Sequence[str] = (),
+    timer: Timer | None = None,
+    features: Sequence[Features | None] | None = None,
+) -> Iterator[tuple[Continuation, str]]:
+    """Each continuation when it has ended, with its text; `only` and `features` as for `Engine.run`."""
+    texts = dict[tuple[int, int], Text]()
+    sampling = within(tokenizer, sampling, engine.config)
+    for grown in engine.run(prompts, sampling, only=only, features=features):
+        if timer is not None:
+            timer.add()
+        key = grown.prompt, grown.sample
+        if key not in texts:
+            texts[key] = Text(tokenizer, prompts[grown.prompt], stop)
+        made = texts[key].of(grown.said) if stop or grown.finished else ""
+        if texts[key].stopped:
+            grown.finished = "stop"
+        if grown.finished is not None:
+            del texts[key]
+            yield grown, made
+
+
+class Continued(NamedTuple):
+    """How many texts were written, how fast (None: there were all already), and what was left out, in words."""
+
+    texts: int
+    speed: Speed | None
+    left_out: str
+
+
 def continue_file(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -164,110 +199,46 @@ def continue_file(
     samples: int = 1,
     stop: Sequence[str] = (),
     progress: bool = True,
-) -> tuple[int, Speed | None]:
-    """Continue every prompt of a JSONL file into another; (how many texts were written, how fast).
+) -> Continued:
+    """Continue every prompt of a JSONL file into another.
 
     A line of `source` is an object with a "prompt"; a line of `target` the same object with "line" (counted from 1),
-    "sample", "text", "tokens", "logprob" (of all tokens together, in nats) and "finished" ("stop", "length"). Lines
-    are written whole, as texts are done; a run that was cut short goes on where it ended, if it is called with the
-    same model and options.
+    "sample", "text", "tokens", "logprob" (of all tokens together, in nats) and "finished" ("stop", "length"), or of a
+    bad line `{"line": n, "error": "..."}`. Lines are written whole, as texts are done; a run that was cut short goes
+    on where it ended, if it is called with the same model and options.
 
     Raises:
-        OSError, ValueError: naming the file and the line, before anything is made.
+        OSError, ValueError: about the files or the options, before anything is made.
     """
-    from tqdm import tqdm
+    check_options(engine, tokenizer, sampling)
 
-    lines = read_jsonl(source)
-    for number, line in lines:
-        if not isinstance(line.get("prompt"), str):
-            got = (
-                type(line["prompt"]).__name__
-                if "prompt" in line
-                else f"the fields {', '.join(line) or 'none'}"
-            )
-            raise ValueError(f'{source}:{number}: expected an object with a "prompt" of text, got {got}')
-        taken = [name for name in _RESULT if name in line]
-        if taken:
-            raise ValueError(f"{source}:{number}: expected no field called {taken[0]}, which the result has")
-    if target.exists() and os.path.samefile(source, target):
-        raise ValueError(f"{target}: expected another file than that of the prompts")
-    prompts = [encode(tokenizer, line["prompt"], f"{source}:{number}") for number, line in lines]
-    sampling = within(tokenizer, sampling, engine.config)
-    engine.check(sampling, prompts, [f"{source}:{number}" for number, _ in lines])
-    done, whole = _done(target, {number: line["prompt"] for number, line in lines}, samples)
-    wanted = [
-        (i, j) for i, (number, _) in enumerate(lines) for j in range(samples) if (number, j) not in done
-    ]
-    if not wanted:
-        return 0, None
-    if target.exists():
-        os.truncate(target, whole)
-    timer, written = Timer(engine), 0
-    # What UTF-8 has no bytes for becomes JSON's own escape.
-    with (
-        open(target, "a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(total=len(wanted), disable=not progress) as bar,
-    ):
-        texts = {key: Text(tokenizer, prompts[key[0]], stop) for key in wanted}
-        try:
-            for grown in engine.run(prompts, sampling, samples=samples, only=wanted):
-                timer.add()
-                text = texts[grown.prompt, grown.sample]
-                made = text.of(grown.said) if stop or grown.finished else ""
-                if text.stopped:
-                    grown.finished = "stop"
-                if grown.finished is None:
-                    continue
-                number, line = lines[grown.prompt]
-                result = {
-                    "line": number, "sample": grown.sample, "text": made, "tokens": len(grown.tokens),
-                    "logprob": round(sum(grown.logprobs), 6), "finished": grown.finished,
-                }  # fmt: skip
-                file.write(json.dumps({**line, **result}, ensure_ascii=False) + "\n")
-                file.flush()
-                written += 1
-                bar.update()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{written} of {len(wanted)} texts written to {target}; the same command makes the rest"
-            ) from None
-    return written, timer.speed()
+    def ids(fields: Fields, where: str) -> list[int]:
+        return fitting(engine, tokenizer, text_field(fields, "prompt", where, blank=True), sampling, where)
+
+    job = Job(source, target, ids, _RESULT, samples)
+    timer = Timer(engine)
+    with job.writing(progress) as write:
+        prompts = [line.value for line in job.lines]
+        made = ended(engine, tokenizer, prompts, sampling, only=job.wanted, stop=stop, timer=timer)
+        for grown, words in made:
+            result = {
+                "sample": grown.sample, "text": words, "tokens": len(grown.tokens),
+                "logprob": round(sum(grown.logprobs), 6), "finished": grown.finished,
+            }  # fmt: skip
+            write((grown.prompt, grown.sample), result)
+    return Continued(len(job.wanted), timer.speed() if job.wanted else None, job.report())
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not empty."""
-    with open(path, "rb") as file:
-        lines = _parsed(path, file)
-    if not lines:
-        raise ValueError(f"{path}: expected a line for each prompt, got none")
-    return lines
+def check_options(engine: Engine, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    """ValueError unless some prompt could be continued so."""
+    engine.check(within(tokenizer, sampling, engine.config), [], [])
 
 
-def _parsed(path: Path, lines: Iterable[bytes]) -> list[tuple[int, dict[str, Any]]]:
-    return [(n, parse_object(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def _done(target: Path, prompts: dict[int, str], samples: int) -> tuple[set[tuple[int, int]], int]:
-    """((line, sample) of the texts that `target` has already, and how many of its bytes are whole lines)."""
-    data = target.read_bytes() if target.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    done = set()
-    if whole.strip():
-        for number, made in _parsed(target, whole.splitlines(keepends=True)):
-            line, sample = made.get("line"), made.get("sample")
-            if (
-                not (isinstance(line, int) and isinstance(sample, int) and "text" in made)
-                or line not in prompts
-                or made.get("prompt") != prompts[line]
-            ):
-                raise ValueError(
-                    f"{target}:{number}: expected a text made of these prompts, or no such file, got line {line}"
-                )
-            if sample < samples:
-                done.add((line, sample))
-    elif data and not data.lstrip().startswith(b"{"):  # no line that was cut short
-        raise ValueError(f"{target}: expected texts made of these prompts, or no such file, got another file")
-    return done, len(whole)
+def fitting(engine: Engine, tokenizer: Tokenizer, prompt: str, sampling: Sampling, where: str) -> list[int]:
+    """The tokens of a prompt; ValueError by the place where it stands unless it can be continued so."""
+    ids = encode(tokenizer, prompt, where)
+    engine.check(within(tokenizer, sampling, engine.config), [ids], [where])
+    return ids
 
 
 def text_tokens(tokenizer: Tokenizer, paths: Sequence[Path]) -> Tensor:
