@@ -8,10 +8,10 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from fastgpt.models import hugging_face
-from fastgpt.models.checkpoint import CONFIG, WEIGHTS, atomic_files, json_bytes, refuse_non_file
+from fastgpt.models.checkpoint import CONFIG, WEIGHTS, Write, atomic_files, json_bytes, refuse_non_file
 from fastgpt.models.gpt import GPT
 from fastgpt.nn import Backend
 from fastgpt.train.loop import Record
@@ -50,9 +50,15 @@ def check_can_save(path: str | os.PathLike[str], names: Sequence[str] = FILES) -
                 os.rmdir(directory)
 
 
+class Writes(Protocol):
+    """A model that writes its config and its weights, these last."""
+
+    def write_files(self, write: Write) -> None: ...
+
+
 def save(
     path: str,
-    model: GPT,
+    model: Writes,
     tokenizer: Tokenizer,
     training: dict[str, Any],
     records: list[Record],
