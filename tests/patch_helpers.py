@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,3 +76,68 @@ def check_same(module: nn.Module, call: Any, inputs: list[Tensor]) -> PatchRepor
         assert off <= UNITS[dtype] * unit, f"{name}: {off / unit:.1f} units"
         assert got[name].dtype == dtype
     return report
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """A call's result, or the class of what it raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except Exception as error:
+        return type(error)
+
+
+def check_agrees(module: nn.Module, call: Callable[[nn.Module], Any]) -> Any:
+    """Patched it gives what it gave: values, NaN in their places, dtype, shape, or the same error. No copy is made:
+    that of a decoder layer whose activation is a module has a ReLU in its place (torch 2.13)."""
+    expected = outcome(lambda: call(module))
+    fastgpt.patch(module)
+    got = outcome(lambda: call(module))
+    fastgpt.unpatch(module)
+    if isinstance(expected, type) or isinstance(got, type):
+        assert got == expected
+        return expected
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert got.is_contiguous() or not expected.is_contiguous()  # it may be viewed
+    rough = 2.0**-5 if torch.bfloat16 in (got.dtype, next(module.parameters()).dtype) else 1e-4
+    rough = max(rough, 2.0**-5 * torch.is_autocast_enabled("cpu"))
+    torch.testing.assert_close(got, expected, rtol=rough, atol=8 * rough, equal_nan=True)
+    return expected
+
+
+def unseeing(kind: str) -> dict[str, Tensor]:
+    """Masks for [3, 6] under which some query sees nothing."""
+    padding, mask = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(6, 6, dtype=torch.bool)
+    padding[1], mask[2] = True, True
+    split = torch.ones(6, 6, dtype=torch.bool).triu(1), torch.zeros(3, 6, dtype=torch.bool)
+    split[1][2, :3] = True  # of two masks only what both leave
+    return {
+        "sample": {"padding": padding},
+        "query": {"mask": mask},
+        "added": {"mask": torch.zeros(6, 6).masked_fill(mask, -torch.inf)},
+        "heads": {"mask": mask.repeat(12, 1, 1)},
+        "both": {"mask": split[0], "padding": split[1]},
+    }[kind]
+
+
+def called(m: nn.Module, x: Tensor, mask: Any = None, padding: Any = None, causal: bool = False) -> Tensor:
+    """An attention or a layer on x, of a decoder's with x as its memory."""
+    if isinstance(m, nn.MultiheadAttention):
+        return m(x, x, x, padding, False, mask, is_causal=causal)[0]
+    if isinstance(m, nn.TransformerDecoderLayer):
+        return m(x, x.clone(), mask, None, padding, tgt_is_causal=causal)
+    return m(x, mask, padding, is_causal=causal)
+
+
+def modules(name: str, **options: Any) -> nn.Module:
+    if name == "attention":
+        return shaken(nn.MultiheadAttention(32, 4, batch_first=True, **options))
+    if name == "stack":
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, **options)
+        return shaken(nn.TransformerEncoder(layer, 2))
+    kind = nn.TransformerEncoderLayer if name == "encoder" else nn.TransformerDecoderLayer
+    return shaken(kind(32, 4, 48, batch_first=True, **options))
+
+
+WITHOUT = {"attention": {}, **{name: {"dropout": 0.0} for name in ("encoder", "decoder", "stack")}}

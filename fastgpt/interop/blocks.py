@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgpt import ops
-from fastgpt.interop.layers import approximate_of, is_layer, is_ours, is_plain, weight_and_bias
+from fastgpt.interop.layers import approximate_of, is_layer, is_ours, is_plain, one_dtype, weight_and_bias
 from fastgpt.interop.swap import ROLES, original
 from fastgpt.ops.linear import APPROXIMATE
 
@@ -38,22 +38,18 @@ class Roles(NamedTuple):
 
 
 class FusedBlock:
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self
         roles: Roles = module.__dict__[ROLES]
-        layers = [module._modules[name] for name in roles.layers]
-        activation = module._modules[roles.activation]
-        if args or kwargs or not _is_as_it_was(module, roles, layers, activation, x):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        dropouts = [module._modules[name] for name in roles.inner]
+        children = module._modules
+        layers = [children.get(name) for name in roles.layers]
+        activation = children.get(roles.activation)
+        if len(args) != 1 or kwargs or not _is_as_it_was(module, roles, layers, activation, args[0]):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        x, dropouts = args[0], [children[name] for name in roles.inner]
         approximate = approximate_of(activation)
         if len(layers) == 3:
-            gate, up = layers[0](x), layers[1](x)
-            if approximate is None:
-                y = ops.swiglu(gate, up)
-            else:
-                y = ops.geglu(gate, up, approximate=approximate)
-            y = layers[2](_through(dropouts, y))
+            y = layers[2](_through(dropouts, _gated(activation, layers[0](x), layers[1](x))))
         else:
             (w1, b1), name = weight_and_bias(layers[0]), _NAMES[approximate or "none"]
             if len(layers) == 1:
@@ -63,7 +59,15 @@ class FusedBlock:
             else:
                 y = _through(dropouts, ops.linear(x, w1, b1, activation=name))
                 y = ops.linear(y, *weight_and_bias(layers[1]))
-        return _through([module._modules[name] for name in roles.outer], y)
+        return _through([children[name] for name in roles.outer], y)
+
+
+def _gated(activation: Any, gate: Any, up: Any) -> Any:
+    """Of what two layers gave: adapters may have made it of two dtypes, or of another shape."""
+    if not is_ours(gate, up) or gate.dtype != up.dtype or gate.shape != up.shape:
+        return activation(gate) * up
+    approximate = approximate_of(activation)
+    return ops.swiglu(gate, up) if approximate is None else ops.geglu(gate, up, approximate=approximate)
 
 
 def find_roles(module: nn.Module) -> Roles | str | None:
@@ -84,23 +88,33 @@ def find_roles(module: nn.Module) -> Roles | str | None:
     activation = activations[0]
     if len(layers) < 3 and is_silu(children[activation]):
         return None
+    attributes = _attributes(module)
+    if any(isinstance(value, Tensor) for value in attributes.values()):
+        return "keeps a tensor that is neither parameter nor buffer"  # it may change in place
+    own_dtype = weight_and_bias(children[layers[0]])[0].dtype
     shapes = {name: weight_and_bias(children[name])[0].shape for name in layers}
     for order in permutations(layers):
         if len(order) == 3 and shapes[order[0]] != shapes[order[1]]:
             continue
-        # Rows of two kinds, in evaluation and in training, where also a dropout shows that is no module.
+        # Rows of two kinds, in evaluation and in training, where also a dropout shows that is no module; and in its
+        # own dtype, of which it may make another.
         tried = {
-            _try_out(module, order, activation, dropouts, shape, training)
+            _try_out(module, order, activation, dropouts, shape, training, dtype)
             for shape in ((6,), (3, 2))
             for training in (False, True)
+            for dtype in {torch.float64, own_dtype}
         }
         if len(tried) == 1 and (places := tried.pop()) is not None:
-            return Roles(order, activation, *places, _attributes(module))
+            return Roles(order, activation, *places, attributes)
     return "does something else with its layers than an MLP"
 
 
+_OF_EVERY_MODULE = {*nn.Module().__dict__, ROLES}
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {n: value for n, value in module.__dict__.items() if not n.startswith("_") and n != "training"}
+    """What it has of its own; of private names only those that it has now are told from what others hang on it."""
+    return {n: value for n, value in module.__dict__.items() if n not in _OF_EVERY_MODULE}
 
 
 def _try_out(
@@ -110,6 +124,7 @@ def _try_out(
     dropouts: list[str],
     shape: tuple[int, ...],
     training: bool,
+    dtype: torch.dtype,
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """(dropouts after the activation, dropouts at the end) if the block computes the formula, else None."""
     tiny = copy.copy(module)
@@ -118,9 +133,9 @@ def _try_out(
     generator = torch.Generator().manual_seed(0)
 
     def layer(n: int, k: int, bias: bool) -> nn.Linear:
-        made = nn.Linear(k, n, bias, dtype=torch.float64)
+        made = nn.Linear(k, n, bias, dtype=dtype)
         for p in made.parameters():
-            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
         return made
 
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -134,12 +149,13 @@ def _try_out(
         tiny._modules |= dict(zip(layers, made, strict=True))
         factors = {name: 2.0 + i for i, name in enumerate(dropouts)}
         tiny._modules |= {name: _Times(factor) for name, factor in factors.items()}
+        largest = 2 if dtype == torch.float64 else 0.5  # fp16 ends at 65504
         # Large and small, so that a clip or another activation shows.
         x = (
             torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
-            * torch.logspace(-2, 2, 6)[:, None]
+            * torch.logspace(-2, largest, 6)[:, None]
         )
-        x = x.view(*shape, WIDTH)
+        x = x.view(*shape, WIDTH).to(dtype)
         try:
             got = tiny(x)
         except Exception:  # whatever it needs beside x: it is no MLP of x
@@ -156,13 +172,16 @@ def _try_out(
             y = hidden if len(layers) == 1 else made[-1](hidden)
             for name in outer:
                 y = y * factors[name]
-            if (
-                isinstance(got, Tensor)
-                and got.shape == y.shape
-                and bool(torch.isclose(got, y, rtol=1e-6).all())
-            ):
+            if isinstance(got, Tensor) and got.dtype == dtype and got.shape == y.shape and _close(got, y):
                 return inner, outer
     return None
+
+
+def _close(got: Tensor, y: Tensor) -> bool:
+    if y.dtype == torch.float64:
+        return bool(torch.isclose(got, y, rtol=1e-6).all())
+    off, norm = ((t.double()).norm(dim=-1) for t in (got - y, y))  # of rows: in small ones the biases show
+    return bool((off <= 16 * torch.finfo(y.dtype).eps * norm).all())
 
 
 class _Times(nn.Module):
@@ -188,28 +207,35 @@ def is_silu(module: nn.Module) -> bool:
     )
 
 
-def _is_as_it_was(
-    module: nn.Module, roles: Roles, layers: list[Any], activation: nn.Module, x: Tensor
-) -> bool:
-    """No layer has been exchanged, hooked or brought to another dtype since (adapters, quantisation)."""
+def _is_as_it_was(module: nn.Module, roles: Roles, layers: list[Any], activation: Any, x: Any) -> bool:
+    """No layer has been added, exchanged, hooked or brought to another dtype since (adapters, quantisation)."""
+    names = {*roles.layers, roles.activation, *roles.inner, *roles.outer}
+    if {name for name, child in module._modules.items() if child is not None} != names:
+        return False
+    if module._parameters or module._buffers or _has_any_global_hook():
+        return False
     parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
     if not is_ours(x, *parameters) or not is_plain(activation, original(type(activation))):
         return False
-    if _has_any_global_hook() or not _same(_attributes(module), roles.attributes):
+    if not _same(_attributes(module), roles.attributes):
         return False
     if len(layers) == 3:  # they are called as they are
         return approximate_of(activation) is not None or is_silu(activation)
     return (
         all(is_layer(layer) and is_plain(layer, original(type(layer))) for layer in layers)
         and approximate_of(activation) is not None
-        and (len({x.dtype, *(p.dtype for p in parameters)}) == 1 or torch.is_autocast_enabled(x.device.type))
+        and (one_dtype(x, *parameters) or torch.is_autocast_enabled(x.device.type))
     )
 
 
 def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return now.keys() == then.keys() and all(
-        now[n] is value or bool(now[n] == value) for n, value in then.items()
+    return all(n in then or n.startswith("_") for n in now) and all(
+        n in now and (now[n] is value or (type(value) in _COMPARED and now[n] == value))
+        for n, value in then.items()
     )
+
+
+_COMPARED = (bool, int, float, str, tuple)  # of others that are not the same object `==` may say anything
 
 
 def does_nothing(dropouts: list[Any]) -> bool:

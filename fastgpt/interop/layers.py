@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fastgpt import ops
 from fastgpt.interop.swap import original
 
+_HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MUCH = 2**25  # multiply-adds: a third of a millisecond, an autograd Function 5 µs
 # Activation modules of transformers by class name, with `approximate` of ops.gelu.
 GELUS = {
@@ -26,44 +30,68 @@ GELUS = {
 
 
 class FusedLayerNorm:
-    weight: Tensor | None
-    bias: Tensor | None
+    normalized_shape: tuple[int, ...]
     eps: float
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_ours(input, self.weight, self.bias):
+        if is_parametrized(self):
             return super().forward(input)  # type: ignore[misc]
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+        module: Any = self
+        weight, bias = module.weight, module.bias
+        if not (
+            is_ours(input, weight, bias)
+            and input.shape[-1:] == self.normalized_shape
+            and (one_dtype(input, weight, bias) or _half_beside_fp32(input, weight, bias))
+        ):
+            return super().forward(input)  # type: ignore[misc]
+        return ops.layer_norm(input, weight, bias, self.eps)
 
 
 class FusedRMSNorm:
-    weight: Tensor | None
+    normalized_shape: tuple[int, ...]
     eps: float | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_ours(x, self.weight):
+        if is_parametrized(self):
             return super().forward(x)  # type: ignore[misc]
-        return ops.rms_norm(x, self.weight, default_eps(x.dtype) if self.eps is None else self.eps)
+        weight: Any = self.weight  # type: ignore[attr-defined]
+        measured = self.eps is None and x.dtype in _HALF and torch.compiler.is_compiling()
+        if measured or not (
+            is_ours(x, weight)
+            and x.shape[-1:] == self.normalized_shape
+            and one_dtype(x, weight)
+            and x.is_contiguous()  # theirs keeps the strides of x
+        ):
+            return super().forward(x)  # type: ignore[misc]
+        return ops.rms_norm(x, weight, default_eps(x.dtype) if self.eps is None else self.eps)
 
 
 class FusedTransformersRMSNorm:
     """`LlamaRMSNorm`, `T5LayerNorm` and their like: rounded once, where theirs round before the weight as well."""
 
-    weight: Tensor
     variance_epsilon: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        # Of two dtypes theirs gives a dtype of its own making.
-        if not is_ours(hidden_states, self.weight) or hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states)  # type: ignore[misc]
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or is_parametrized(self):  # a residual beside x, a name of its own for x
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        x, weight = args[0], self.weight  # type: ignore[attr-defined]
+        # Of two dtypes theirs gives a dtype of its own making, also where autocast makes them.
+        if not (
+            is_ours(x, weight)
+            and one_dtype(x, weight)
+            and x.shape[-1:] == weight.shape
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return super().forward(x)  # type: ignore[misc]
+        return ops.rms_norm(x, weight, self.variance_epsilon)
 
 
 class FusedGELU:
     approximate: str
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_ours(input):
+        if not (is_ours(input) and input.is_contiguous()):  # theirs keeps the strides
             return super().forward(input)  # type: ignore[misc]
         return ops.gelu(input, approximate=self.approximate)
 
@@ -71,7 +99,9 @@ class FusedGELU:
 class FusedTransformersGELU:
     def forward(self, input: Tensor) -> Tensor:
         approximate = approximate_of(self)  # type: ignore[arg-type]
-        if approximate is None or not is_ours(input):
+        if approximate is None or not is_ours(input) or not input.is_contiguous():
+            return super().forward(input)  # type: ignore[misc]
+        if torch.is_autocast_enabled(input.device.type):  # of the operations that theirs is some become fp32
             return super().forward(input)  # type: ignore[misc]
         return ops.gelu(input, approximate=approximate)
 
@@ -79,13 +109,29 @@ class FusedTransformersGELU:
 class FusedLinear:
     """Where there is much to multiply: of few rows an autograd Function of Python's takes longer than it saves."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not _pays(self, input):
+            return super().forward(input)  # type: ignore[misc]
+        return ops.linear(input, *weight_and_bias(self))  # type: ignore[arg-type]
+
+
+class FusedConv1D:
     def forward(self, x: Tensor) -> Tensor:
-        module: Any = self
-        weight, bias = weight_and_bias(module)
-        much = x.numel() * weight.shape[0] >= MUCH and x.dtype == weight.dtype
-        if not much or torch.compiler.is_compiling() or not is_ours(x, weight, bias):
+        if not _pays(self, x):
             return super().forward(x)  # type: ignore[misc]
-        return ops.linear(x, weight, bias)
+        return ops.linear(x, *weight_and_bias(self))  # type: ignore[arg-type]
+
+
+def _pays(layer: Any, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_parametrized(layer):
+        return False
+    weight, bias = weight_and_bias(layer)
+    return (
+        x.numel() * weight.shape[0] >= MUCH
+        and is_ours(x, weight, bias)
+        and one_dtype(x, weight, bias)
+        and x.shape[-1] == weight.shape[-1]
+    )
 
 
 class FusedSoftmax:
@@ -97,57 +143,93 @@ class FusedSoftmax:
         return ops.softmax(input)
 
 
+# --- whose a call is ---
+
+
 def is_ours(x: Tensor, *others: Tensor | None) -> bool:
     """Whether our ops are for these: floating tensors and parameters themselves, not nested, and neither torch.func
     nor forward-mode AD nor a trace at work. A subclass may keep something else behind its memory."""
-    if torch.compiler.is_compiling():
-        return x.is_floating_point() and x.dim() > 0
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    if torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         return False
     given = [x, *(t for t in others if t is not None)]
-    return x.dim() > 0 and all(
-        type(t) in (Tensor, nn.Parameter) and t.is_floating_point() and not t.is_nested for t in given
-    )
+    return x.dim() > 0 and all(is_strided(t) and t.dtype in FLOATING for t in given)
+
+
+def is_strided(t: Tensor) -> bool:
+    """Whether a tensor is no more than its memory, sizes and strides."""
+    kinds = _TRACED if torch.compiler.is_compiling() else _EAGER
+    return type(t) in kinds and t.layout is torch.strided and not t.is_nested and not t.is_meta
+
+
+_EAGER: tuple[type, ...] = (Tensor, nn.Parameter)
+_TRACED = (*_EAGER, FakeTensor)
+
+
+def is_parametrized(module: Any) -> bool:
+    """Reading such a weight computes it, and may change it (spectral_norm): that is for one forward to do, once."""
+    return "parametrizations" in module._modules
+
+
+def one_dtype(x: Tensor, *others: Tensor | None) -> bool:
+    return all(t is None or t.dtype == x.dtype for t in others)
+
+
+def _half_beside_fp32(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Of mixed dtypes the pair that PyTorch's layer norm takes too, and gives x's: on a CPU."""
+    return x.is_cpu and x.dtype in _HALF and all(p is None or p.dtype == torch.float32 for p in parameters)
 
 
 def default_eps(dtype: torch.dtype) -> float:
     """What nn.RMSNorm adds when its eps is None: in half precision it was the dtype's own, and is fp32's now."""
-    return _HALF_EPS if dtype in (torch.bfloat16, torch.float16) else torch.finfo(dtype).eps
+    return _half_eps() if dtype in _HALF else torch.finfo(dtype).eps
 
 
+@functools.cache
 def _half_eps() -> float:
     small = F.rms_norm(torch.tensor([1e-3], dtype=torch.bfloat16), (1,))  # 0.94, or 0.01 with bf16's own
     return torch.finfo(torch.float32 if float(small) > 0.5 else torch.bfloat16).eps
 
 
-_HALF_EPS = _half_eps()
+# --- what a module is ---
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a norm of transformers does what its name says, its weight a factor: tried on a small copy."""
+    """Whether a norm of transformers does what its name says, its weight a factor: tried on small copies."""
     if not isinstance(getattr(module, "variance_epsilon", None), float) or set(module._parameters) != {
         "weight"
     }:
         return False
+    return all(
+        _is_rms_norm(module, shape, training, dtype)
+        for shape, training in (((6,), False), ((3, 2), True))
+        for dtype in (torch.float64, torch.bfloat16)  # the second for the dtype of its results
+    )
+
+
+def _is_rms_norm(module: nn.Module, shape: tuple[int, ...], training: bool, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5,), (6, 5)))
-    x = x * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]
+    weight, x = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (1, 6))
+    weight, x = weight[0].to(dtype), (x * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]).to(dtype)
     small: Any = copy.copy(module)
     small.__class__ = original(type(module))
-    small.__dict__ = {**module.__dict__, "_parameters": {"weight": nn.Parameter(weight)}}
+    small.__dict__ = {
+        **module.__dict__, "_parameters": {"weight": nn.Parameter(weight)}, "training": training,
+    }  # fmt: skip
     try:
-        with torch.no_grad():
-            got = small(x)
+        with torch.device("cpu"), torch.no_grad():
+            got = small(x.view(*shape, 5))
     except Exception:  # it needs more than x
         return False
+    if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != (*shape, 5):
+        return False
     eps: Any = module.variance_epsilon
-    exact = weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return (
-        isinstance(got, Tensor)
-        and got.shape == x.shape
-        and bool(torch.isclose(got.double(), exact, 1e-4).all())
+    exact = weight * x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + eps)
+    return bool(
+        torch.isclose(got.double(), exact.view_as(got), 1e-4 if dtype == torch.float64 else 2e-2).all()
     )
 
 

@@ -255,7 +255,8 @@ def _transformer(module: nn.Module) -> Answer:
         if not _own(module, kind):
             return "a subclass with a forward of its own"
         within = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention)]
-        why = next((why for why in map(transformer.refusal, within) if why is not None), None)
+        whys = [transformer.refusal(m) for m in within] + [transformer.layer_refusal(module)]
+        why = next((why for why in whys if why is not None), None)
         return why or (fused, None, op)
     return None
 
@@ -264,7 +265,7 @@ def _linear(module: nn.Module) -> Answer:
     """Quietly: a layer that multiplies as it did is none that was left."""
     if not layers.is_layer(module) or not module.weight.is_cpu:
         return None  # on a GPU PyTorch's products are the fastest that there are
-    return layers.FusedLinear, None, "ops.linear"
+    return layers.FusedLinear if isinstance(module, nn.Linear) else layers.FusedConv1D, None, "ops.linear"
 
 
 class _Attention:
