@@ -1,6 +1,6 @@
-"""`python -m benchmarks [--suite quick|cpu|gpt2|patch]`; on stored runs `report FILE`, `readme FILE`, `compare A B`;
-`offline` compiles the Triton kernels without a GPU, `tune` chooses their configurations on one, `foreign` checks
-Liger-Kernel's kernels and PyTorch's ops.
+"""`python -m benchmarks [--suite quick|cpu|gpt2|patch|encoders]`; on stored runs `report FILE`, `readme FILE`,
+`compare A B`; `offline` compiles the Triton kernels without a GPU, `tune` chooses their configurations on one,
+`foreign` checks Liger-Kernel's kernels and PyTorch's ops.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="default: quick 270, cpu 3600, gpt2 and patch 1800; what is left is listed",
+        help="default: quick 270, cpu 3600, others 1800; what is left is listed",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")

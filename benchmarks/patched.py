@@ -81,8 +81,6 @@ def jobs(
 def rows(
     name: str, dtype: str, options: Options, budget: Budget, meter: limits.LimitMeter, seconds: float
 ) -> list[Row]:
-    from benchmarks.suites import compile_refusal
-
     case, make = MODELS[name]
     if importlib.util.find_spec("transformers") is None:
         return [Row(name, case, dtype, "fwd", FASTGPT, note="transformers is not installed")]
@@ -90,16 +88,36 @@ def rows(
     model, inputs = make()
     patched = copy.deepcopy(model)
     fastgpt.patch(patched)
-    truth = _loss_and_gradients(model, inputs, "fp32")
-    got = _loss_and_gradients(patched, inputs, dtype)
+    return side_by_side(name, case, dtype, patched, model, inputs, options, budget, seconds)
+
+
+def side_by_side(
+    name: str,
+    case: str,
+    dtype: str,
+    ours: nn.Module,
+    stock: nn.Module,
+    inputs: Inputs,
+    options: Options,
+    budget: Budget,
+    seconds: float,
+) -> list[Row]:
+    """Rows of a model beside PyTorch's own of the same weights and names, eager and compiled.
+
+    Called with `inputs` both give the loss, or an object that has it.
+    """
+    from benchmarks.suites import compile_refusal
+
+    truth = _loss_and_gradients(stock, inputs, "fp32")
+    got = _loss_and_gradients(ours, inputs, dtype)
     error = gpt_step.error(got, truth, dtype, floor=1e-3)  # a bias on keys has a gradient of rounding alone
     notes, steps, peaks = dict[str, str](), dict[tuple[str, str], Step](), dict[tuple[str, str], int]()
-    contenders: dict[str, Any] = {FASTGPT: patched, EAGER: model}
+    contenders: dict[str, Any] = {FASTGPT: ours, EAGER: stock}
     refusal = compile_refusal(options, budget, COMPILE_SECONDS)
     if refusal:
         notes[COMPILED] = refusal
     else:
-        contenders[COMPILED] = torch.compile(copy.deepcopy(model), dynamic=False)
+        contenders[COMPILED] = torch.compile(copy.deepcopy(stock), dynamic=False)
     if not error <= 1.0:
         notes[FASTGPT] = f"outside tolerance ×{error:.3g}"
         del contenders[FASTGPT]
@@ -126,6 +144,10 @@ def rows(
     return made
 
 
+def _loss(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.loss
+
+
 def _forward(model: Any, inputs: Inputs, dtype: str, _: int) -> None:
     data = {name: x for name, x in inputs.items() if name != "labels"}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
@@ -134,14 +156,14 @@ def _forward(model: Any, inputs: Inputs, dtype: str, _: int) -> None:
 
 def _forward_backward(model: Any, inputs: Inputs, dtype: str, _: int) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-        loss = model(**inputs).loss
+        loss = _loss(model(**inputs))
     loss.backward()
     model.zero_grad(set_to_none=True)
 
 
 def _loss_and_gradients(model: nn.Module, inputs: Inputs, dtype: str) -> gpt_step.LossAndGradients:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-        loss = model(**inputs).loss
+        loss = _loss(model(**inputs))
     loss.backward()
     gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

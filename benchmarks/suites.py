@@ -25,7 +25,7 @@ from fastgpt.testing.inputs import DTYPES
 from fastgpt.testing.timing import Step, Timing, measure
 
 COMPILE_SHARE = 0.45  # of the budget: torch.compile takes seconds a case when its cache is cold
-BUDGETS = {"quick": 270.0, "cpu": 3600.0, "gpt2": 1800.0, "patch": 1800.0}  # seconds
+BUDGETS = {"quick": 270.0, "cpu": 3600.0, "gpt2": 1800.0, "patch": 1800.0, "encoders": 1800.0}  # seconds
 CASE_SECONDS = (0.3, 3.0)  # least and most that the timing of a case may take
 # Calls that move so much have their limit measured among them, so that both see the same neighbours on the machine.
 LIMIT_BESIDE = 16 * 2**20
@@ -104,7 +104,7 @@ def allowed(case: Case, dtype: str) -> bool:
 
 def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
     """Run the suite within the budget; `emit` gets the rows of each case as soon as they are there."""
-    from benchmarks import gpt2, gpt_step, patched
+    from benchmarks import encoders, gpt2, gpt_step, patched
 
     settings = {
         "suite": options.suite,
@@ -134,7 +134,7 @@ def run(options: Options, environment_stamp: dict[str, Any], emit: Emit) -> Run:
         *((f"{gpt_step.OP} {d}", partial(gpt_step.rows, d, options, budget)) for d in dtypes if with_step),
         *((case.name, timed(case)) for case in cases if case.rank > 0),
     ]
-    of_models = {"gpt2": gpt2.jobs, "patch": patched.jobs}
+    of_models = {"gpt2": gpt2.jobs, "patch": patched.jobs, "encoders": encoders.jobs}
     if options.suite in of_models:
         jobs = [job for job in of_models[options.suite](options, budget, meter) if options.match in job[0]]
     if not jobs:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastgpt.models.gpt import IGNORE_INDEX
 from fastgpt.nn import evaluating
 from fastgpt.train.data import Batch, Corpus, batches, held_out_batches
 
-# One logged step: step, loss, lr, grad_norm, tokens_per_s (or of what is counted), and what was measured, as held_out.
+# One logged step: step, loss, lr, grad_norm, tokens_per_s (or of what is counted), and what was measured (held_out).
 Record = dict[str, float]
 
 
@@ -177,9 +178,38 @@ def fit(
     Args:
         source: batches; `model(*batch)` is the loss.
         evaluate: what else to record every `eval_every` steps and after the last.
-        rates: learning rates of parts of the model, as for `make_optimizer`.
+        rates: learning rates of parts of the model, as for `make_optimizer`; those with 0 are frozen meanwhile.
         unit: what is counted: elements of the first tensor of a batch ("tokens"), or its rows ("images", ...).
     """
+    frozen = [part for part, rate in (rates or {}).items() if rate == 0]
+    with _without_gradients(model, frozen):
+        return _fit(model, source, config, evaluate, rates, unit, device, on_record, progress)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module, parts: Sequence[str]) -> Iterator[None]:
+    """These children's parameters require none; afterwards as before."""
+    held = [p for part in parts for p in getattr(model, part).parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+def _fit(
+    model: nn.Module,
+    source: Iterator[Batch],
+    config: TrainConfig,
+    evaluate: Callable[[], Record],
+    rates: Mapping[str, float] | None,
+    unit: str,
+    device: str,
+    on_record: Callable[[Record], None] | None,
+    progress: bool,
+) -> list[Record]:
     model.to(device).train()
     optimizer = make_optimizer(model, config, rates)
     source = _on(device, source)

@@ -1,0 +1,105 @@
+"""Encoders by themselves: learning to name what images show or sounds say, from labelled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.models.audio import AudioConfig, AudioEncoder
+from fastgpt.models.encoder import Encoder
+from fastgpt.models.vision import VisionConfig, VisionEncoder
+from fastgpt.nn import evaluating
+from fastgpt.tasks import media
+from fastgpt.tasks.jsonl import Fields, text_field
+from fastgpt.tasks.jsonl import read as read_lines
+from fastgpt.train.loop import Record, TrainConfig, fit
+
+Inputs = Sequence[Tensor]  # images [C, H, W], or waveforms [samples]
+Change = Callable[
+    [Inputs, torch.Generator], Inputs
+]  # of a batch in training, so that more is learned from few
+
+
+@dataclass(frozen=True)
+class Labelled:
+    inputs: Inputs
+    labels: Tensor  # int64 [N]
+
+    def split(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
+        """(the rest, a fraction that is held out), at random."""
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        held = round(len(self.labels) * fraction)
+        if not 0 < held < len(self.labels):
+            raise ValueError(f"held_out: expected examples on both sides, got {held} of {len(self.labels)}")
+        return self.chosen(order[held:]), self.chosen(order[:held])
+
+    def chosen(self, ids: Tensor) -> Labelled:
+        return Labelled([self.inputs[i] for i in ids.tolist()], self.labels[ids])
+
+
+def read(path: Path, config: VisionConfig | AudioConfig) -> Labelled:
+    """The lines of a JSONL file: objects with an "image" or a "sound" (a path, from the file's directory) and a
+    "label", one of the config's. OSError or ValueError names the line or the file."""
+    kind = "image" if isinstance(config, VisionConfig) else "sound"
+
+    def parse(fields: Fields, where: str) -> tuple[Tensor, int]:
+        label = text_field(fields, "label", where)
+        if label not in config.labels:
+            raise ValueError(f"{where}: label: expected one of {', '.join(config.labels)}, got {label!r}")
+        return load(path.parent / text_field(fields, kind, where), config), config.labels.index(label)
+
+    lines = read_lines(path, parse)
+    return Labelled([line.value[0] for line in lines], torch.tensor([line.value[1] for line in lines]))
+
+
+def load(path: Path, config: VisionConfig | AudioConfig) -> Tensor:
+    return media.image(path, config) if isinstance(config, VisionConfig) else media.sound(path, config)
+
+
+def collate(inputs: Inputs) -> tuple[Tensor, ...]:
+    """What an encoder is called with: images [B, C, H, W]; or waveforms [B, samples] and their lengths [B]."""
+    return media.padded(inputs) if inputs[0].dim() == 1 else (torch.stack(list(inputs)),)
+
+
+def batches(
+    data: Labelled, batch_size: int, seed: int, change: Change | None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Endless batches in another order each time through: what `collate` gives, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for ids in torch.randperm(len(data.labels), generator=generator).split(batch_size):
+            inputs = data.chosen(ids).inputs
+            yield *collate(inputs if change is None else change(inputs, generator)), data.labels[ids]
+
+
+@torch.no_grad()
+def predict(encoder: Encoder, inputs: Inputs, batch_size: int = 64) -> Tensor:
+    """The likeliest label of each, int64 [N]."""
+    with evaluating(encoder):
+        parts = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
+        return torch.cat([encoder.classify(*collate(part)).argmax(dim=-1) for part in parts])
+
+
+def accuracy(encoder: Encoder, data: Labelled) -> float:
+    return float((predict(encoder, data.inputs) == data.labels).float().mean())
+
+
+def train(
+    encoder: Encoder, data: Labelled, held_out: Labelled, config: TrainConfig, change: Change | None = None,
+    **options: Any,
+) -> list[Record]:  # fmt: skip
+    """Train in place, as `loop.fit`, whose `options` these are; records hold the held-out accuracy."""
+    unit = "images" if isinstance(encoder, VisionEncoder) else "sounds"
+    source = batches(data, config.batch_size, config.seed, change)
+    measure = lambda: {"accuracy": accuracy(encoder, held_out)}  # noqa: E731
+    return fit(encoder, source, config, measure, unit=unit, **options)
+
+
+def make(config: VisionConfig | AudioConfig, seed: int) -> Encoder:
+    torch.manual_seed(seed)
+    return VisionEncoder(config) if isinstance(config, VisionConfig) else AudioEncoder(config)
