@@ -52,6 +52,36 @@ def config(family: str, **options: Any) -> Any:
     return made
 
 
+def small(family: str) -> dict[str, Any]:
+    """Sizes for the configuration of a decoder in Llama's manner, of which there are many."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family.startswith("Deepseek"):
+        sizes |= {
+            "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        }  # fmt: skip
+        if family == "DeepseekV32":
+            sizes |= {"index_topk": 6, "index_n_heads": 2, "index_head_dim": 16}
+    elif family.startswith("Gemma") or family in ("GptOss", "Qwen3", "Inkling2Text"):
+        sizes |= {"head_dim": 8}
+        if family != "Inkling2Text":
+            sizes |= {"sliding_window": 6}
+    if family == "GptOss":
+        sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "Gemma4Text":
+        sizes |= {
+            "global_head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+        }  # fmt: skip
+    return sizes
+
+
 def model(family: str, **options: Any) -> Any:
     """With parameters that are neither ones nor zeros, in evaluation mode."""
     import transformers as hf
