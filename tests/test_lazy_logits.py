@@ -231,7 +231,7 @@ def test_weights_that_change_unseen_are_an_error() -> None:
 
 @pytest.mark.parametrize("lent", ["class", "fsdp", "zero"])
 def test_a_head_whose_weight_is_lent_gives_logits(lent: str) -> None:
-    """As to fully_shard, which may make another class of the head, and ZeRO, which take it away after the call."""
+    """As to fully_shard, which may make another class of the head, and to ZeRO: they take it away after."""
     _, fused, x, _ = heads()
     if lent == "class":
         fused.__class__ = type("Sharded", (type(fused),), {})

@@ -1,11 +1,12 @@
 """The output head with the loss on it: logits that are made only when somebody looks at them.
 
-A language model of transformers computes its logits, and its loss from them. Its head, replaced, gives a tensor whose
-numbers are not there yet; `cross_entropy` of it is `ops.linear_cross_entropy`, which never has them whole in memory.
+A language model of transformers computes its logits, and its loss from them. Its head, replaced, gives a
+tensor whose numbers are not there yet; `cross_entropy` of it is `ops.linear_cross_entropy`, which never has
+them whole in memory.
 
-To autograd they are an ordinary tensor that came of `_Promise`: views, casts, hooks and changes in place are its own,
-above `__torch_dispatch__`, which makes the numbers for whatever asks. The loss passes by them only where the graph
-shows nothing but views and casts between, and nobody waits for their gradient.
+To autograd they are an ordinary tensor that came of `_Promise`: views, casts, hooks and changes in place are
+its own, above `__torch_dispatch__`, which makes the numbers for whatever asks. The loss passes by them only
+where the graph shows nothing but views and casts between, and nobody waits for their gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Call:
         self.x, self.weight = (t if t.requires_grad else t.detach() for t in (x, weight))
         self.watch = _Watch()
         self.state = self._state()
-        # Through `.data`, and from kernels, weights change without a new version: a few numbers of every row tell.
+        # Through `.data`, and from kernels, weights change without a new version: numbers of every row tell.
         self.sample = self._sample().clone()
 
     def _state(self) -> tuple[int, ...]:
@@ -64,18 +65,18 @@ class _Call:
         return self.weight.detach()[:, :: max(1, self.weight.shape[1] // 2)]
 
     def check(self, waiting: bool) -> None:
-        """RuntimeError if what the logits are made of has changed: they would be others. A look at the numbers waits
-        for the device anyway, a loss does not."""
+        """RuntimeError if what the logits are made of has changed: they would be others. Who looks at numbers
+        waits for the device anyway, a loss does not."""
         near = waiting or self.weight.is_cpu
         if self.state != self._state() or (near and not torch.equal(self.sample, self._sample())):
             raise RuntimeError(
-                "logits: expected them to be looked at before their weight changes (optimizer.step), got it after; "
-                'look earlier, or patch(model, exclude="cross_entropy")'
+                "logits: expected them to be looked at before their weight changes (optimizer.step), got it "
+                'after; look earlier, or patch(model, exclude="cross_entropy")'
             )
 
 
 class _Watch:
-    """Whether somebody waits for the gradient of a call's logits. Graph nodes keep this, and not their call."""
+    """Whether somebody waits for the gradient of a call's logits. Graph nodes keep this, not their call."""
 
     def __init__(self) -> None:
         self.asked, self.tensors = False, list[weakref.ref[LazyLogits]]()
@@ -112,7 +113,7 @@ class _Memory:
 
 
 class LazyLogits(Tensor):
-    """x @ weight.T, computed on first use: not for shape, dtype, views of whole rows, `float`, cross-entropy."""
+    """x @ weight.T, computed on first use: not for shape, dtype, views of rows, `float`, cross-entropy."""
 
     _memory: _Memory
 
@@ -136,7 +137,7 @@ class LazyLogits(Tensor):
         with _Untouched():
             if _of_itself(func, args[0] if args else None):
                 return func(*args, **kwargs)
-            # The rest may reach for the memory: it gets a plain tensor on it, in the graph a view of this one.
+            # The rest may reach for the memory: it gets a plain tensor there, in the graph a view of this one.
             with torch.inference_mode(False), torch.enable_grad():
                 args, kwargs = tree_map_only(LazyLogits, _aten.alias, (args, kwargs))
         return func(*args, **kwargs)
@@ -214,7 +215,7 @@ class _Promise(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """The loss, and in the graph the logits beside it: whoever waits for their gradient by then still gets it."""
+    """The loss, and in the graph the logits beside it: whoever waits for their gradient still gets it."""
 
     @staticmethod
     def forward(
@@ -253,7 +254,7 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """F.cross_entropy of rows of logits, with classes as targets and no option that needs the logits; else None."""
+    """F.cross_entropy of rows of logits, with classes as targets and no option that needs them; else None."""
     memory, call = logits._memory, logits._memory.call
     with _Untouched():
         shape, dtype, wanted, node = logits.shape, logits.dtype, logits.requires_grad, logits.grad_fn
@@ -289,15 +290,15 @@ _WATCHING = {
 }  # fmt: skip
 # What tells of a tensor, and what may need no numbers: that is seen in __torch_dispatch__.
 _WITHOUT = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "sparse_dim", "dense_dim", "_is_view", "__len__", "__hash__", "__set__", "__get__", "__setitem__",
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size",
+    "get_device", "sparse_dim", "dense_dim", "_is_view", "__len__", "__hash__", "__set__", "__get__", "__setitem__",
     "view", "reshape", "flatten", "contiguous", "float", "to",
 }  # fmt: skip
 _WITH = {_T.data.__get__, _T.__cuda_array_interface__.__get__, _T.is_shared, _T.is_set_to, _T.share_memory_}
 
 
 def _of_itself(func: Any, first: Any) -> bool:
-    """Whether a function is for this very tensor and not for its memory: tells of it, changes it, or keeps it."""
+    """Whether a function is for this very tensor, not for its memory: tells of it, changes or keeps it."""
     name = getattr(func, "__name__", "")
     changes = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
     listed = func in _WATCHING or name in _WITHOUT or name.startswith("is_")
