@@ -156,7 +156,7 @@ def train(
     source = batches(corpus.train, config.batch_size, seq_length, config.seed)
     held_out = held_out_batches(corpus.held_out, config.batch_size, seq_length, config.eval_batches)
     return fit(
-        model, source, config, lambda: {"held_out": held_out_loss(model, _on(device, held_out), config)},
+        model, source, config, lambda: {"held_out": held_out_loss(model, on_device(device, held_out), config)},
         device=device, on_record=on_record, progress=progress,
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def _fit(
 ) -> list[Record]:
     model.to(device).train()
     optimizer = make_optimizer(model, config, rates)
-    source = _on(device, source)
+    source = on_device(device, source)
     records: list[Record] = []
     bar = _progress_bar(config.steps) if progress else None
     busy, count = 0.0, 0  # time in training steps alone, and what they took, since the last record
@@ -250,7 +250,8 @@ def _fit(
     return records
 
 
-def _on(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
+def on_device(device: str, source: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, each moved there when its turn comes."""
     for batch in source:
         yield tuple(t if t is None else t.to(device) for t in batch)
 
@@ -261,3 +262,14 @@ def _progress_bar(steps: int) -> Any:
     return tqdm(
         total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None
     )  # None: off in a file
+
+
+def device_named(name: str) -> str:
+    """The device: cpu, cuda (of several: cuda:1), or for auto a GPU where there is one; ValueError for another."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or auto, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected a GPU for {name!r}, but PyTorch finds none here")
+    return name
