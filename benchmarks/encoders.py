@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks import limits
 from benchmarks.patched import Inputs, side_by_side
 from benchmarks.results import Row
-from fastgpt.demos.digits import AUDIO, VISION
 from fastgpt.models.audio import RATE, STRIDE, AudioConfig, AudioEncoder
 from fastgpt.models.encoder import Encoder
 from fastgpt.models.vision import VisionConfig, VisionEncoder
+from fastgpt.tasks.digits import AUDIO, VISION
 
 if TYPE_CHECKING:
     from benchmarks.suites import Budget, Options

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.demos.digits import AUDIO, LABELS, VISION, handwritten, moved, noisy, spoken
 from fastgpt.models.checkpoint import atomic_files, json_bytes
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.multimodal import MultimodalGPT
 from fastgpt.tasks import encoders
+from fastgpt.tasks.digits import AUDIO, LABELS, VISION, handwritten, in_noise, noisy, spoken
 from fastgpt.tasks.encoders import Labelled
 from fastgpt.tasks.multimodal import IMAGE, SOUND, Sample, answers, batch_of
 from fastgpt.train import checkpoint
@@ -71,7 +71,7 @@ def asked(draw: random.Random) -> Asked:
 
 
 class Source:
-    """Questions about images and sounds of one split."""
+    """Questions about images and sounds of one split, the sounds in noise."""
 
     def __init__(self, images: Labelled, sounds: Labelled, seed: int) -> None:
         self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -83,13 +83,10 @@ class Source:
             for digit in range(10)
         ]
 
-    def samples(self, count: int, change: bool) -> tuple[list[Asked], list[Sample]]:
-        """With `change`, images are moved; sounds are in noise always."""
+    def samples(self, count: int) -> tuple[list[Asked], list[Sample]]:
         questions = [asked(self.draw) for _ in range(count)]
-        images: Any = [self.draw.choice(self.images[one.written]) for one in questions]
+        images = [self.draw.choice(self.images[one.written]) for one in questions]
         sounds = noisy([self.draw.choice(self.sounds[one.said]) for one in questions], self.generator)
-        if change:
-            images = moved(images, self.generator)
         return questions, [
             Sample(one.prompt(), f" {one.answer}\n", (image,), (sound,))
             for one, image, sound in zip(questions, images, sounds, strict=True)
@@ -147,10 +144,10 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     (images, held_images), (sounds, held_sounds) = handwritten(seed), spoken(seed)
     vision, audio = encoders.make(VISION, seed), encoders.make(AUDIO, seed)
     print(f"Images alone: {len(images.labels)} handwritten digits, {len(held_images.labels)} held out.")
-    seen = encoders.train(vision, images, held_images, training(1200, 2e-3), moved)[-1]["accuracy"]
+    seen = encoders.train(vision, images, held_images, training(1000, 2e-3))[-1]["accuracy"]
     print(f"Sounds alone: {len(sounds.labels)} spoken digits, {len(held_sounds.labels)} of voices held out.")
-    in_noise = Labelled(noisy(held_sounds.inputs, torch.Generator().manual_seed(seed)), held_sounds.labels)
-    heard = encoders.train(audio, sounds, in_noise, training(300, 2e-3), noisy)[-1]["accuracy"]
+    tried = in_noise(held_sounds, seed)
+    heard = encoders.train(audio, sounds, tried, training(300, 2e-3), noisy)[-1]["accuracy"]
 
     draw = random.Random(seed)
     corpus = "\n".join(f"{one.prompt('1', '2')} {one.answer}" for one in (asked(draw) for _ in range(500)))
@@ -161,7 +158,7 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
         f"{name}_token": tokenizer.special_id(word) for name, word in (("image", IMAGE), ("sound", SOUND))
     }
     model = MultimodalGPT(text, vision=vision, audio=audio, **tokens)  # type: ignore[arg-type]
-    test, held = Source(held_images, held_sounds, seed + 1).samples(HELD_OUT, change=False)
+    test, held = Source(held_images, held_sounds, seed + 1).samples(HELD_OUT)
     words = [Sample(one.prompt(str(one.written), str(one.said))) for one in test]
     print("Text alone: the same questions about digits in words.")
     fit(
@@ -174,7 +171,7 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
 
     def batches() -> Iterator[Any]:
         while True:
-            yield batch_of(model, tokenizer, source.samples(64, change=True)[1])
+            yield batch_of(model, tokenizer, source.samples(64)[1])
 
     def evaluate() -> Record:
         return {"exact_match": exact(test, answers(model, tokenizer, held))["all"]}

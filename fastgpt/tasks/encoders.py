@@ -42,6 +42,12 @@ class Labelled:
         return Labelled([self.inputs[i] for i in ids.tolist()], self.labels[ids])
 
 
+def labels_of(path: Path) -> tuple[str, ...]:
+    """The labels in a JSONL file, in alphabetical order."""
+    lines = read_lines(path, lambda fields, where: text_field(fields, "label", where))
+    return tuple(sorted({line.value for line in lines}))
+
+
 def read(path: Path, config: VisionConfig | AudioConfig) -> Labelled:
     """The lines of a JSONL file: objects with an "image" or a "sound" (a path, from the file's directory) and a
     "label", one of the config's. OSError or ValueError names the line or the file."""

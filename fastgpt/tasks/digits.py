@@ -33,7 +33,7 @@ SHIFT, LOUDEST, FAINTEST = 0.15, 5.0, 30.0  # seconds of silence before; dB of t
 
 
 def handwritten(seed: int = 0) -> tuple[Labelled, Labelled]:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels (Alpaydin, Kaynak 1998), -1 to 1; (training, a quarter held out)."""
+    """scikit-learn's 1,797 digits of 8 x 8 pixels (Alpaydin, Kaynak 1998), -1 to 1; (learned, a quarter held out)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -87,13 +87,6 @@ def noisy(waves: Inputs, generator: torch.Generator) -> Inputs:
     return made
 
 
-def moved(images: Inputs, generator: torch.Generator) -> Inputs:
-    """Images [1, H, W], each moved by up to a pixel, what comes in being background."""
-    made = []
-    for image, (y, x) in zip(
-        images, torch.randint(3, (len(images), 2), generator=generator).tolist(), strict=True
-    ):
-        height, width = image.shape[1:]
-        around = torch.nn.functional.pad(image, (1, 1, 1, 1), value=-1.0)
-        made.append(around[:, y : y + height, x : x + width])
-    return made
+def in_noise(data: Labelled, seed: int) -> Labelled:
+    """To be tried on: the same noise each time."""
+    return Labelled(noisy(data.inputs, torch.Generator().manual_seed(seed)), data.labels)
