@@ -1,4 +1,4 @@
-"""The command line: `fastgpt train | generate | perplexity | quantize | demo | check | doctor`.
+"""The command line: `fastgpt train | generate | translate | answer | classify | demo | check | doctor` and others.
 
 A user's mistake is one line on stderr and exit code 2. FASTGPT_TRACEBACK=1 shows where it was raised.
 """
@@ -10,6 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from fastgpt.demos import commands as demos
+from fastgpt.tasks import commands as tasks
 
 if TYPE_CHECKING:
     from fastgpt.tasks.text import Timer
@@ -84,7 +87,7 @@ def train(
         steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, min_lr=lr / 10, warmup=warmup,
         weight_decay=weight_decay, clip=clip, bf16=bf16, seed=seed, log_every=log_every, eval_every=eval_every,
     )  # fmt: skip
-    where, backends = _device(device), _backends(backend)
+    where, backends = loop.device_named(device), _backends(backend)
     checkpoint.check_can_save(out)
     corpus = data.make_corpus(
         data.read_text(text),
@@ -175,7 +178,7 @@ def generate(
     """
     from fastgpt.generate import Engine, Sampling
     from fastgpt.tasks import text
-    from fastgpt.train import checkpoint
+    from fastgpt.train import checkpoint, loop
 
     if (prompt is None) == (prompts is None):
         raise ValueError(
@@ -185,7 +188,7 @@ def generate(
         raise ValueError("out: expected it with --prompts, and only there")
     if prompt is not None and samples != 1:
         raise ValueError(f"samples: expected 1 with --prompt, got {samples}")
-    where, backends = _device(device), _backends(backend)
+    where, backends = loop.device_named(device), _backends(backend)
     decoder = where == "cpu" and backends is None and not os.environ.get("FASTGPT_BACKEND")
     if prompts is not None and not decoder:
         raise ValueError("prompts: expected --device cpu, and no --backend or FASTGPT_BACKEND, with them")
@@ -303,8 +306,9 @@ def check(
         device: cpu, cuda or auto.
     """
     from fastgpt.testing.cli import run_check
+    from fastgpt.train import loop
 
-    return run_check(op, backend, dtype, implementation, case, _device(device))
+    return run_check(op, backend, dtype, implementation, case, loop.device_named(device))
 
 
 def doctor(table: bool = False) -> int:
@@ -319,7 +323,13 @@ def doctor(table: bool = False) -> int:
     return 0
 
 
-COMMANDS = {f.__name__: f for f in (train, generate, perplexity, quantize, demo, check, doctor)}
+COMMANDS = {
+    f.__name__.replace("_", "-"): f
+    for f in (
+        train, generate, perplexity, quantize, tasks.translate, tasks.answer, tasks.classify, demo,
+        demos.demo_translate, demos.demo_answer, demos.demo_classify, check, doctor,
+    )
+}  # fmt: skip
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -332,8 +342,9 @@ def main(args: Sequence[str] | None = None) -> int:
         check_environment()
         fastgpt.keep_large_blocks()
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="fastgpt", description="GPT models on fused kernels.", args=args
-        )
+            COMMANDS, prog="fastgpt", description="GPT models on fused kernels.", args=args,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )  # fmt: skip
     except KeyboardInterrupt as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
@@ -381,18 +392,6 @@ def _backends(names: str | None) -> list[str] | None:
     from fastgpt._core.dispatch import check_backend
 
     return None if names is None else list(check_backend([name.strip() for name in names.split(",")]))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or auto, got {name!r}")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: expected a GPU for {name!r}, but PyTorch finds none here")
-    return name
 
 
 if __name__ == "__main__":

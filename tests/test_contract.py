@@ -40,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fastgpt.interop": ("fastgpt.interop", "fastgpt.ops"),
     "fastgpt.train": (*_MODEL, "fastgpt._core", "fastgpt.train", "fastgpt.generate"),
     "fastgpt.tasks": (*_MODEL, "fastgpt.decoding", "fastgpt.generate", "fastgpt.train", "fastgpt.tasks"),
+    "fastgpt.demos": (*_MODEL, "fastgpt.generate", "fastgpt.train", "fastgpt.tasks", "fastgpt.demos"),
     "fastgpt.testing": (
         "fastgpt.testing",
         "fastgpt.ops",
@@ -89,7 +90,14 @@ def test_nothing_imports_upward(path: Path) -> None:
 def test_the_engine_needs_torch_alone(path: Path) -> None:
     """References, kernels, core, ops, nn, models and the harness: the standard library and torch."""
     module = module_name(path)
-    above = ("fastgpt.cli", "fastgpt.__main__", "fastgpt.demo", "fastgpt.train", "fastgpt.tasks")
+    above = (
+        "fastgpt.cli",
+        "fastgpt.__main__",
+        "fastgpt.demo",
+        "fastgpt.demos",
+        "fastgpt.train",
+        "fastgpt.tasks",
+    )
     if any(inside(module, top) for top in above):
         return
     # Of the files of models, and imported where they are read or written.

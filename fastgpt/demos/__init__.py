@@ -1,0 +1,1 @@
+"""What the tasks can do, each shown by one command on data that it makes itself; nothing is downloaded."""
