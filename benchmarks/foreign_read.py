@@ -92,6 +92,17 @@ READ: dict[tuple[str, str], str] = {
         "pytorch_attention",
         "no-grad differs",
     ): "SDPA takes another kernel where a mask requires a gradient; under no_grad nothing does.",
+    ("pytorch_attention", "bound"): (
+        "SDPA wants masks in q's dtype, so that an fp32 mask and ALiBi are rounded to 16 bits; what it has no option"
+        " for (softcap, lse) is written out, and the scores are rounded to 16 bits before the softmax."
+    ),
+    ("pytorch_attention", "expanded gradient"): (
+        "SDPA adds dv up in 16 bits, block by block of 32 or 64 queries (the same sum by hand is equal to the bit)."
+    ),
+    ("pytorch_attention_qkv", "bound"): "as attention.",
+    ("pytorch_attention_qkv", "expanded gradient"): "as attention.",
+    ("pytorch_attention_varlen", "bound"): "as attention.",
+    ("pytorch_attention_varlen", "expanded gradient"): "as attention.",
     ("pytorch_attention_qkv", "no-grad differs"): "as attention.",
     ("pytorch_attention", "leak"): "hidden keys weigh 0, and 0 times NaN is NaN.",
     ("pytorch_attention_qkv", "leak"): "as attention.",
@@ -100,10 +111,17 @@ READ: dict[tuple[str, str], str] = {
         "leak",
     ): "a NaN in the logits of an ignored row makes its gradient NaN, where it is 0.",
     ("pytorch_cross_entropy", "raised"): NO_COLUMNS,
+    ("pytorch_cross_entropy", "expanded gradient"): (
+        "log_softmax's backward adds the gradients of all 50,257 classes, of which the smoothing makes all but one"
+        " equal, in fp32; the rounding of that sum goes into every element."
+    ),
     (
         "pytorch_embedding",
         "bound",
     ): "the gradient of a row is rounded to 16 bits after every token that is added to it.",
+    ("pytorch_embedding", "expanded gradient"): (
+        "rows of a token are added one after the other in fp32; equal gradients round the same way each time."
+    ),
     ("pytorch_geglu", "bound"): ROUNDED_HALF,
     ("pytorch_swiglu", "bound"): ROUNDED_HALF,
     ("pytorch_gelu", "bound"): COMPOSITE,
@@ -113,6 +131,16 @@ READ: dict[tuple[str, str], str] = {
     ): "nothing is cached: the first values happened to pass, these do not, as in `bound`.",
     ("pytorch_rope", "bound"): COMPOSITE,
     ("pytorch_linear", "bound"): COMPOSITE,
+    (
+        "pytorch_linear",
+        "stale",
+    ): "nothing is cached: the first values happened to pass, these do not, as in `bound`.",
+    ("pytorch_linear", "layout"): (
+        "the product of an x that is not contiguous is rounded to 16 bits before the bias is added (equal to the bit"
+        " to x @ weight.T + bias)."
+    ),
+    ("pytorch_mlp", "bound"): COMPOSITE,
+    ("pytorch_mlp", "expanded gradient"): COMPOSITE,
     ("pytorch_rms_norm", "bound"): COMPOSITE,
     ("pytorch_layer_norm", "bound"): (
         "dweight and dbias are rounded to x's dtype after every row that is added, with fp32 weight and bias"
