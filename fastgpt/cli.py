@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastgpt.demos import commands as demos
 from fastgpt.tasks import commands as tasks
+from fastgpt.tasks import encoder_commands as encoders
 
 if TYPE_CHECKING:
     from fastgpt.tasks.text import Timer
@@ -326,10 +327,19 @@ def doctor(table: bool = False) -> int:
 COMMANDS = {
     f.__name__.replace("_", "-"): f
     for f in (
-        train, generate, perplexity, quantize, tasks.translate, tasks.answer, tasks.classify, demo,
-        demos.demo_translate, demos.demo_answer, demos.demo_classify, check, doctor,
+        train, encoders.train_vision, encoders.train_audio, generate, perplexity, quantize, tasks.translate,
+        tasks.answer, tasks.classify, demo, demos.demo_multimodal, demos.demo_translate, demos.demo_answer,
+        demos.demo_classify, check, doctor,
     )
 }  # fmt: skip
+
+
+def one_name(args: Sequence[str]) -> list[str]:
+    """Two words that are one command's name as that: `train vision` is train-vision, `train text` train itself."""
+    if args[:2] == ["train", "text"]:
+        return ["train", *args[2:]]
+    name = "-".join(args[:2])
+    return [name, *args[2:]] if len(args) > 1 and name in COMMANDS else list(args)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -342,8 +352,8 @@ def main(args: Sequence[str] | None = None) -> int:
         check_environment()
         fastgpt.keep_large_blocks()
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="fastgpt", description="GPT models on fused kernels.", args=args,
-            config=(tyro.conf.OmitArgPrefixes,),
+            COMMANDS, prog="fastgpt", description="GPT models on fused kernels.",
+            args=one_name(sys.argv[1:] if args is None else list(args)), config=(tyro.conf.OmitArgPrefixes,),
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
         print(f"\n{stopped}", file=sys.stderr)

@@ -1,18 +1,22 @@
 """The encoders of images and sounds: what they compute, what has no influence, training alone, files, bad input."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from fastgpt import cli
 from fastgpt.models.audio import HOP, RATE, WINDOW, AudioConfig, AudioEncoder, mel_filters
 from fastgpt.models.vision import VisionConfig, VisionEncoder
 from fastgpt.tasks import encoders
 from fastgpt.tasks.encoders import Labelled
-from fastgpt.train.loop import TrainConfig, train_step
+from fastgpt.train.loop import TrainConfig, make_optimizer, train_step
 
 LABELS = ("low", "high")
 VISION = VisionConfig(
@@ -181,8 +185,6 @@ def test_every_backend_learns_the_same(config: VisionConfig | AudioConfig) -> No
     for backend in (None, "torch"):
         encoder = encoders.make(replace(config, backend=backend), 0)
         training = TrainConfig(steps=5, warmup=0, lr=3e-3)
-        from fastgpt.train.loop import make_optimizer
-
         optimizer = make_optimizer(encoder, training)
         losses[backend] = [train_step(encoder, optimizer, work, n, training)[0] for n in range(5)]
     assert losses[None] == pytest.approx(losses["torch"], abs=1e-4)
@@ -237,3 +239,106 @@ def test_bad_input_is_told(call, message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as told:
         call()
     assert message in str(told.value)
+
+
+# --- by the command line, on a user's own files ---
+
+
+def files_of(directory: Path, kind: str) -> list[dict[str, str]]:
+    """Dark and bright images, or low and high tones, with the lines that name them."""
+    lines = []
+    for i in range(24):
+        label, name = LABELS[i % 2], f"{i}.{'png' if kind == 'image' else 'wav'}"
+        if kind == "image":
+            pixels = torch.randint(0, 100, (12, 12, 3)) + 150 * (i % 2)
+            Image.fromarray(pixels.numpy().astype("uint8")).save(directory / name)
+        else:
+            soundfile.write(directory / name, tone(300 + 20 * i + 2000 * (i % 2)).numpy(), RATE)
+        lines.append({kind: name, "label": label})
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["image", "sound"])
+def test_commands_learn_a_users_own_and_go_on_past_bad_lines(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = files_of(tmp_path, kind)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = [
+        "--embedding-dim=16",
+        "--num-heads=2",
+        "--num-layers=1",
+        "--steps=30",
+        "--batch-size=12",
+        "--lr=1e-2",
+    ]
+    own = ["--image-size", "16"] if kind == "image" else ["--max-seconds", "1"]
+    command = ["train", "vision" if kind == "image" else "audio", "--data", str(tmp_path / "train.jsonl")]
+    assert cli.main([*command, "--out", str(tmp_path / "m"), *sizes, *own]) == 0
+    told = capsys.readouterr()
+    assert "held-out accuracy 1.0000" in told.out
+    if kind == "image":
+        assert "note: 24 files were brought to what the model takes; the first: " in told.err
+        assert "0.png: 12x12 resampled to 16x16" in told.err
+    (tmp_path / "broken").write_bytes(b"no file of any kind")
+    asked = [
+        lines[0],
+        {kind: "none"},
+        {kind: "broken"},
+        {"text": "?"},
+        {**lines[1], "label": "odd"},
+        lines[3],
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in asked) + "no JSON\n"
+    (tmp_path / "data.jsonl").write_text(data)
+    where = [
+        "--model",
+        str(tmp_path / "m"),
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["classify", *where]) == 0
+    told = capsys.readouterr()
+    assert "of 2 lines: accuracy 1, macro F1 1" in told.out
+    assert "bad lines, left out: 4" in told.err
+    assert "labels that the model does not know, not scored: 1 (odd)" in told.err
+    found = {line["line"]: line for line in map(json.loads, (tmp_path / "out").read_text().splitlines())}
+    assert [found[n].get("prediction") for n in range(1, 8)] == [
+        "low",
+        None,
+        None,
+        None,
+        "high",
+        "high",
+        None,
+    ]
+    assert "data.jsonl:2: " in found[2]["error"]
+    assert "none: No such file or directory" in found[2]["error"]
+    assert "broken: expected an" in found[3]["error"].replace("a sound", "an")
+    assert f'data.jsonl:4: expected an object with a "{kind}" of text' in found[4]["error"]
+
+
+def test_training_names_a_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png", "label": "x"}\n{"image": "a.png"}\n')
+    assert (
+        cli.main(["train", "vision", "--data", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "m")]) == 2
+    )
+    assert 't.jsonl:2: expected an object with a "label" of text' in capsys.readouterr().err
+
+
+def test_without_espeak_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["train", "audio", "--out", str(tmp_path / "m")]) == 2
+    assert "espeak-ng is not installed: apt install espeak-ng" in capsys.readouterr().err
+
+
+def test_two_words_are_one_command() -> None:
+    assert cli.one_name(["train", "vision", "--steps", "3"]) == ["train-vision", "--steps", "3"]
+    assert cli.one_name(["train", "text", "--steps", "3"]) == ["train", "--steps", "3"]
+    assert cli.one_name(["train", "--steps", "3"]) == ["train", "--steps", "3"]
+    assert cli.one_name(["demo", "multimodal"]) == ["demo-multimodal"]
+    assert cli.one_name(["doctor"]) == ["doctor"]

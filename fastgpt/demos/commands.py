@@ -5,6 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def demo_multimodal(out: Path = Path("demo-multimodal"), seed: int = 0) -> int:
+    """Train an encoder of images, one of sounds and a GPT apart, then together, and ask about digits seen and heard.
+
+    Args:
+        out: Directory for the model, a picture of samples with their answers, and the results.
+        seed: Of the initial weights, the splits and the order of learning.
+    """
+    from fastgpt.demos.multimodal import run
+
+    return run(out, seed)
+
+
 def demo_translate(out: Path = Path("demo-translate"), seed: int = 0) -> int:
     """Learn to translate dates and numbers (English and Chinese both ways, French, German) and try it on unseen ones.
 

@@ -58,7 +58,9 @@ class VisionEncoder(Encoder):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        nn.init.normal_(self.positions, std=0.5)  # beside patches of about 1: with 0.02 it learns three times slower
+        nn.init.normal_(
+            self.positions, std=0.5
+        )  # patches are about 1: with 0.02 it learns three times slower
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
 

@@ -19,7 +19,7 @@ from fastgpt.train.data import Batch
 from fastgpt.train.examples import shuffled
 from fastgpt.train.tokenizer import Tokenizer, load_tokenizer
 
-_RESULT = ("prediction", "probability")
+RESULT = ("prediction", "probability")
 
 
 def train(
@@ -91,17 +91,22 @@ def classify_file(
             text_field(fields, "label", where)
         return _ids(model, tokenizer, _text(fields, where), where)
 
-    job = Job(source, target, ids, _RESULT)
+    job = Job(source, target, ids, RESULT)
     there = len(job.made)
     with job.writing(progress) as write:
         texts, wanted = [line.value for line in job.lines], [i for i, _ in job.wanted]
         for i, (label, probability) in _labelled(model, texts, wanted, batch):
             write((i, 0), {"prediction": label, "probability": round(probability, 6)})
+    return told(job, there, model.labels)
+
+
+def told(job: Job, there: int, labels: Sequence[str]) -> Predicted:
+    """What came of a job whose results have a "prediction", one of `labels`; `there` were made before."""
     made = [fields for fields in job.made.values() if "label" in fields]
-    known = [fields for fields in made if fields["label"] in model.labels]
+    known = [fields for fields in made if fields["label"] in labels]
     left_out = [job.report()] if job.bad else []
     if len(known) < len(made):
-        names = sorted({fields["label"] for fields in made} - set(model.labels))
+        names = sorted({fields["label"] for fields in made} - set(labels))
         left_out.append(
             f"labels that the model does not know, not scored: {len(made) - len(known)} ({', '.join(names)})"
         )

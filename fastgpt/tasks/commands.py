@@ -75,16 +75,20 @@ def classify(
 ) -> int:
     """Learn to classify texts from a JSONL file (--train), or classify those of one (--model, --data).
 
+    With a model that `fastgpt train vision` or `train audio` has made, the lines are of images or sounds.
+
     Args:
         out: Directory for what was learned; or the JSONL file for the labels, which goes on where it ended.
         train: Lines with "text" and "label".
-        data: Lines with "text"; where they have a "label", too, accuracy and macro F1 are printed.
+        data: Lines with "text" (or "image", or "sound": a path from the file's directory); where they have a "label",
+            too, accuracy and macro F1 are printed.
         model: Directory of what was learned; with --train the GPT to go on from, instead of a fresh one.
         batch: Lines that are classified together.
         learning: How to learn.
         fresh: The GPT to begin with, where no model is given.
     """
     from fastgpt.tasks import classify as task
+    from fastgpt.tasks import encoders
 
     if _learns(train, data, model, learning, fresh):
         assert train is not None
@@ -92,6 +96,9 @@ def classify(
         return _learned("classify", out)
     assert model is not None
     assert data is not None
+    encoder = encoders.load(Path(model))
+    if encoder is not None:
+        return _told(encoders.classify_file(encoder, data, out, batch=batch), out)
     return _told(task.classify_file(*task.load(Path(model)), data, out, batch=batch), out)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.models import checkpoint
 from fastgpt.models.audio import AudioConfig, AudioEncoder
 from fastgpt.models.encoder import Encoder
 from fastgpt.models.vision import VisionConfig, VisionEncoder
 from fastgpt.nn import evaluating
-from fastgpt.tasks import media
-from fastgpt.tasks.jsonl import Fields, text_field
+from fastgpt.tasks import classify, media
+from fastgpt.tasks.jsonl import Fields, Job, text_field
 from fastgpt.tasks.jsonl import read as read_lines
 from fastgpt.train.loop import Record, TrainConfig, fit
 
@@ -51,20 +52,28 @@ def labels_of(path: Path) -> tuple[str, ...]:
 def read(path: Path, config: VisionConfig | AudioConfig) -> Labelled:
     """The lines of a JSONL file: objects with an "image" or a "sound" (a path, from the file's directory) and a
     "label", one of the config's. OSError or ValueError names the line or the file."""
-    kind = "image" if isinstance(config, VisionConfig) else "sound"
 
     def parse(fields: Fields, where: str) -> tuple[Tensor, int]:
         label = text_field(fields, "label", where)
         if label not in config.labels:
             raise ValueError(f"{where}: label: expected one of {', '.join(config.labels)}, got {label!r}")
-        return load(path.parent / text_field(fields, kind, where), config), config.labels.index(label)
+        return _input(fields, where, path.parent, config), config.labels.index(label)
 
-    lines = read_lines(path, parse)
+    with media.notes_in_one():
+        lines = read_lines(path, parse)
     return Labelled([line.value[0] for line in lines], torch.tensor([line.value[1] for line in lines]))
 
 
-def load(path: Path, config: VisionConfig | AudioConfig) -> Tensor:
-    return media.image(path, config) if isinstance(config, VisionConfig) else media.sound(path, config)
+def _input(fields: Fields, where: str, directory: Path, config: VisionConfig | AudioConfig) -> Tensor:
+    """The image or the sound of a line; ValueError by its place, also for a file that cannot be read."""
+    try:
+        if isinstance(config, VisionConfig):
+            return media.image(directory / text_field(fields, "image", where), config)
+        return media.sound(directory / text_field(fields, "sound", where), config)
+    except OSError as error:
+        raise ValueError(f"{where}: {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def collate(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -85,14 +94,44 @@ def batches(
 
 @torch.no_grad()
 def predict(encoder: Encoder, inputs: Inputs, batch_size: int = 64) -> Tensor:
-    """The likeliest label of each, int64 [N]."""
+    """The probabilities of the labels, fp32 [N, labels]."""
     with evaluating(encoder):
         parts = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
-        return torch.cat([encoder.classify(*collate(part)).argmax(dim=-1) for part in parts])
+        return torch.cat([encoder.classify(*collate(part)).float().softmax(dim=-1) for part in parts])
 
 
 def accuracy(encoder: Encoder, data: Labelled) -> float:
-    return float((predict(encoder, data.inputs) == data.labels).float().mean())
+    return float((predict(encoder, data.inputs).argmax(dim=-1) == data.labels).float().mean())
+
+
+def classify_file(
+    encoder: Encoder, source: Path, target: Path, *, batch: int = 16, progress: bool = True
+) -> classify.Predicted:
+    """As `classify.classify_file`, of lines with an "image" or a "sound": a path, from the file's directory."""
+    config = encoder.config
+
+    def parse(fields: Fields, where: str) -> Tensor:
+        if "label" in fields:
+            text_field(fields, "label", where)
+        return _input(fields, where, source.parent, config)
+
+    with media.notes_in_one():
+        job = Job(source, target, parse, classify.RESULT)
+    there, wanted = len(job.made), [i for i, _ in job.wanted]
+    with job.writing(progress) as write:
+        for begin in range(0, len(wanted), batch):
+            rows = wanted[begin : begin + batch]
+            best = predict(encoder, [job.lines[i].value for i in rows]).max(dim=-1)
+            for i, label, probability in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+                write((i, 0), {"prediction": config.labels[label], "probability": round(probability, 6)})
+    return classify.told(job, there, config.labels)
+
+
+def load(path: Path) -> Encoder | None:
+    """The encoder in a directory, if what is there is one."""
+    kinds = {kind.MODEL_TYPE: kind for kind in (VisionEncoder, AudioEncoder)}
+    kind = kinds.get(checkpoint.read_json(str(path / checkpoint.CONFIG)).get("model_type", ""))
+    return None if kind is None else kind.from_pretrained(path)
 
 
 def train(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import gcd
 from typing import Any
 
@@ -102,6 +104,21 @@ def padded(sounds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(list(sounds), batch_first=True), torch.tensor(
         [len(s) for s in sounds]
     )
+
+
+@contextmanager
+def notes_in_one() -> Iterator[None]:
+    """All `MediaNote`s of a job as one line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MediaNote)
+        yield
+    notes = [warning for warning in caught if issubclass(warning.category, MediaNote)]
+    for other in caught:
+        if other not in notes:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if notes:
+        text = f"note: {len(notes)} files were brought to what the model takes; the first: {notes[0].message}"
+        print(text, file=sys.stderr)
 
 
 def _note(text: str) -> None:
