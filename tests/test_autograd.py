@@ -92,6 +92,27 @@ def test_double_backward_on_every_backend(op: str, backend: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_of_inputs_made_of_one_another(op: str) -> None:
+    """As where a weight is tied to another layer's: what an input was made of is not for the op to go back to."""
+    made = form_problem(op, next(case for o, case in FORMS if o == op), torch.float32)
+    found = []
+    for function in (made.spec.function, made.spec.reference):
+        leaves, bind = split(made)
+        values = list[Tensor]()
+        for leaf in leaves:
+            values.append(leaf * (1.0 + (values[-1] if values else leaf).square().mean()))
+        outputs = as_tuple(bind(function)(*values))
+        first = torch.autograd.grad(outputs, leaves, list(made.output_grads.values()), create_graph=True)
+        norm = sum((grad.float().square().sum() for grad in first), torch.zeros(()))
+        found.append([*first, *torch.autograd.grad(norm, leaves, allow_unused=True)])
+    for got, expected in zip(*found, strict=True):
+        if expected is None:
+            assert got is None or not bool(got.any())
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("op", "backend"), ON)
 def test_partial_gradients_have_the_same_bits(op: str, backend: str) -> None:
     """Only some inputs require grad: each alone gives what it gives among all."""

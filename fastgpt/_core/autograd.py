@@ -41,9 +41,11 @@ def backward_through(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `function(*inputs)` that can be differentiated again: the reference, by autograd.
 
-    None for an input that is None or needs no gradient.
+    None for an input that is None or needs no gradient. Of inputs that were made of one another (tied weights), or
+    are the same tensor, autograd would add up all the ways there are to each: it gets views, which know of none.
     """
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    outputs = function(*inputs)
+    views = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    wanted = [view for view in views if view is not None and view.requires_grad]
+    outputs = function(*views)
     grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
-    return tuple(next(grads) if tensor is not None and tensor.requires_grad else None for tensor in inputs)
+    return tuple(next(grads) if view is not None and view.requires_grad else None for view in views)
