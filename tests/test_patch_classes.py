@@ -140,6 +140,22 @@ def test_what_the_class_is_called_for_is_not_patched() -> None:
     assert type(type(model[0])(nn.Linear(8, 8))) is nn.Sequential
 
 
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.GELU, nn.Linear])
+def test_a_forward_put_on_a_class_is_left(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all modules of PyTorch's, before: also where it is a block's layer."""
+    model, x = shaken(Model()).eval(), torch.randn(4, 16)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+    expected = model(x)
+    report = fastgpt.patch(model)
+    torch.testing.assert_close(model(x), expected)
+    why = {e.kind: e.why for e in report.left}
+    if kind is nn.LayerNorm:
+        assert why == {"layer_norm": "its forward was exchanged for another"}
+    else:
+        assert why["mlp"] == f"its {kind.__name__}'s forward was exchanged for another"
+
+
 # --- patched again, in other ways ---
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from fastgpt import ops
 from fastgpt.interop.swap import original
@@ -55,7 +56,7 @@ class FusedRMSNorm:
         if is_parametrized(self):
             return super().forward(x)  # type: ignore[misc]
         weight: Any = self.weight  # type: ignore[attr-defined]
-        measured = self.eps is None and x.dtype in _HALF and torch.compiler.is_compiling()
+        measured = torch.compiler.is_compiling() and self.eps is None and x.dtype in _HALF
         if measured or not (
             is_ours(x, weight)
             and x.shape[-1:] == self.normalized_shape
@@ -127,8 +128,8 @@ def _pays(layer: Any, x: Tensor) -> bool:
         return False
     weight, bias = weight_and_bias(layer)
     return (
-        x.numel() * weight.shape[0] >= MUCH
-        and is_ours(x, weight, bias)
+        is_ours(x, weight, bias)
+        and x.numel() * weight.shape[0] >= MUCH
         and one_dtype(x, weight, bias)
         and x.shape[-1] == weight.shape[-1]
     )
@@ -138,7 +139,7 @@ class FusedSoftmax:
     dim: int
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.dim not in (-1, input.dim() - 1) or not is_ours(input):
+        if not is_ours(input) or self.dim not in (-1, input.dim() - 1):
             return super().forward(input)  # type: ignore[misc]
         return ops.softmax(input)
 
@@ -148,15 +149,24 @@ class FusedSoftmax:
 
 def is_ours(x: Tensor, *others: Tensor | None) -> bool:
     """Whether our ops are for these: floating tensors and parameters themselves, not nested, and neither torch.func
-    nor forward-mode AD nor a trace at work. A subclass may keep something else behind its memory."""
+    nor forward-mode AD nor a trace at work, nor somebody who looks at each call of PyTorch's functions
+    (TorchFunctionMode). A subclass may keep something else behind its memory."""
+    if not isinstance(x, Tensor):
+        return False  # torch.fx's
     if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        _is_watched()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     ):
         return False
     given = [x, *(t for t in others if t is not None)]
     return x.dim() > 0 and all(is_strided(t) and t.dtype in FLOATING for t in given)
+
+
+def _is_watched() -> bool:
+    modes = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in modes)
 
 
 def is_strided(t: Tensor) -> bool:

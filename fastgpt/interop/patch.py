@@ -14,7 +14,7 @@ from torch import nn
 
 from fastgpt.interop import attention
 from fastgpt.interop.report import Entry, PatchReport
-from fastgpt.interop.rules import KINDS, Attention, Replaced, head_of, judge
+from fastgpt.interop.rules import KINDS, WHOLE, Attention, Replaced, head_of, judge
 from fastgpt.interop.swap import exchange, original, ours, restore, without
 
 
@@ -35,9 +35,11 @@ def patch(
 
     Of an attention of transformers, the function that its configuration names is replaced: name another
     (`set_attn_implementation`), and that one runs. Where attention weights are wanted (`output_attentions`), its
-    model's eager attention does. Logits first looked at after `optimizer.step` raise. Under torch.func, forward-mode
-    AD and traces PyTorch's own layers run. Quantise before: `torch.ao.quantization.quantize_dynamic` asks for the
-    very class of a layer, and passes by those that are replaced.
+    model's eager attention does. Logits first looked at after `optimizer.step` raise. Under torch.func,
+    forward-mode AD, traces and modes that watch PyTorch's functions, PyTorch's own layers run; torch.jit.script
+    refuses what is replaced. Of a `forward` that somebody puts on a whole class afterwards, nothing is known.
+    Quantise before: `torch.ao.quantization.quantize_dynamic` asks for the very class of a layer, and passes by
+    those that are replaced.
 
     Args:
         model: built, on its device. Not compiled: compile what was patched.
@@ -62,11 +64,10 @@ def patch(
         for module in names
         if module not in heads and (judged := judge(module, around[module])) is not None
     ] + found
-    # The layers of a block that is taken whole are not called.
     within = {
         layer
         for module, kind, answer in found
-        if kind in ("mlp", "transformer") and _chosen(kind, names[module], wanted, unwanted)
+        if kind in WHOLE and _chosen(kind, names[module], wanted, unwanted)
         if not isinstance(answer, str) and not (answer[1] and len(answer[1].layers) == 3)
         for layer in module.modules()
     }

@@ -18,6 +18,7 @@ Answer = None | Left | Replaced
 KINDS = (
     "layer_norm", "rms_norm", "gelu", "softmax", "mlp", "linear", "transformer", "attention", "cross_entropy",
 )  # fmt: skip
+WHOLE = ("mlp", "transformer")  # whose layers are not called
 
 
 class Attention:
@@ -35,19 +36,26 @@ def judge(module: nn.Module, around: Iterable[nn.Module]) -> tuple[str, Left | R
         return _KIND_OF[fused], (fused, None, f"as patched before, within {kind.__name__}")
     answer = _attention(module, around)
     if answer is not None:
-        return "attention", _but_exchanged(module, answer)
+        return "attention", _but_exchanged(answer, module)
     for name, rule in _RULES:
         answer = rule(module)
         if answer is not None:
             # Who takes a parametrization off takes the topmost class for the one that it made.
-            return name, "parametrized" if parametrize.is_parametrized(module) else _but_exchanged(
-                module, answer
-            )
+            if parametrize.is_parametrized(module):
+                return name, "parametrized"
+            return name, _but_exchanged(answer, *(module.modules() if name in WHOLE else (module,)))
     return None
 
 
-def _but_exchanged(module: nn.Module, answer: Left | Replaced) -> Left | Replaced:
-    return "its forward was exchanged for another" if "forward" in module.__dict__ else answer
+def _but_exchanged(answer: Left | Replaced, *called: nn.Module) -> Left | Replaced:
+    """Of a `forward` on a module, or of one on a class of PyTorch's that somebody put there for all modules."""
+    for module in called:
+        kind = next(kind for kind in original(type(module)).__mro__ if "forward" in vars(kind))
+        theirs = kind.__module__.startswith(("torch.nn.", "transformers."))
+        if "forward" in module.__dict__ or (theirs and vars(kind)["forward"].__module__ != kind.__module__):
+            of = "its" if module is called[0] else f"its {type(module).__name__}'s"
+            return f"{of} forward was exchanged for another"
+    return answer
 
 
 def _attention(module: nn.Module, around: Iterable[nn.Module]) -> Answer:
@@ -192,4 +200,4 @@ def head_of(model: nn.Module) -> list[tuple[nn.Module, str, Left | Replaced]]:
         answer = "its head is another layer than nn.Linear"
     elif layer.bias is not None:
         answer = "its head has a bias"
-    return [(layer, "cross_entropy", answer)]
+    return [(layer, "cross_entropy", _but_exchanged(answer, layer))]

@@ -40,7 +40,9 @@ def restore(module: nn.Module) -> bool:
 
 def original(of: type[M]) -> type[M]:
     """The class that a module had before it was exchanged."""
-    return of.__dict__.get("_fastgpt_original", of)
+    # Not by `of.__dict__`: Dynamo does not look into a class where a dict (of a cache) changes in the same graph.
+    known: Any = of
+    return known._fastgpt_original if getattr(of, "_fastgpt_made", None) is of else of
 
 
 def ours(kind: type) -> Any:
@@ -89,12 +91,22 @@ def subclass(own: type[nn.Module], fused: type) -> type[nn.Module]:
             "__qualname__": own.__qualname__,
             "__init__": made_anew,
             "__reduce_ex__": _reduce,
+            "__prepare_scriptable__": _refuse_script,
             "_fastgpt_original": own,
             "_fastgpt_fused": fused,
         }
-        kind: type[nn.Module] = type(own.__name__, (fused, own), members)
+        kind: Any = type(own.__name__, (fused, own), members)
+        kind._fastgpt_made = kind  # of it alone, not of what others make of it
         _CLASSES[key] = kind
     return _CLASSES[key]
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    """torch.jit.script asks before it compiles anything."""
+    raise RuntimeError(
+        f"torch.jit.script: expected PyTorch's own layers, got a {type(self).__name__} that patch has replaced: "
+        "unpatch(model), then script it"
+    )
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
