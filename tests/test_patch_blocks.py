@@ -323,3 +323,16 @@ def test_rows_of_any_rank_and_layout() -> None:
             expected = block(x)
             assert got.stride() == expected.stride()
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_in_two_places_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout, layer = nn.Dropout(0.5), nn.Linear(8, 8)
+    shared = nn.Sequential(nn.Linear(8, 16), nn.GELU(), dropout, nn.Linear(16, 8), dropout)
+    for block in (shared, nn.Sequential(layer, nn.GELU(), layer)):
+        x = torch.randn(3, 8)
+        expected = block.eval()(x)
+        report = fastgpt.patch(block, only="mlp")
+        assert [e.by for e in report.entries if e.kind == "mlp"] == ["ops.mlp"]
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Linear, "forward", None)  # it is really ours
+            torch.testing.assert_close(block(x), expected)

@@ -72,7 +72,7 @@ def _gated(activation: Any, gate: Any, up: Any) -> Any:
 
 def find_roles(module: nn.Module) -> Roles | str | None:
     """The roles of a block's children; None if it does not look like one, or why it is none though it does."""
-    children = dict(module.named_children())
+    children = {name: child for name, child in module._modules.items() if child is not None}
     layers = [name for name, child in children.items() if is_layer(child)]
     activations = [n for n, child in children.items() if approximate_of(child) is not None or is_silu(child)]
     dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
