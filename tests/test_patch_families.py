@@ -233,6 +233,26 @@ def test_compiles_whole(family: str) -> None:
     loss.backward()
 
 
+def test_compiles_whole_where_a_dict_changes() -> None:
+    """Into one, transformers' caches write while a compiled `generate` runs."""
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.seen = made.model("gpt2"), {"calls": 0}
+
+        def forward(self, **batch: Tensor) -> Tensor:
+            self.seen["calls"] += 1
+            return self.model(**batch).loss
+
+    model, batch = Counting(), made.inputs("gpt2")
+    expected = model(**batch)
+    fastgpt.patch(model)
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_autocast_and_gradient_checkpointing(family: str) -> None:
     model, batch = made.model(family).train(), made.inputs(family)

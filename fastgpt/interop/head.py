@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from fastgpt import ops
 from fastgpt.interop.layers import FusedLinear, is_ours
+from fastgpt.interop.swap import original
 
 _Untouched: Any = torch._C.DisableTorchFunctionSubclass
 _aten = torch.ops.aten
@@ -35,7 +36,7 @@ class FusedHead(FusedLinear):
         wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         # FSDP and ZeRO fill the same weight anew for each call, and take it away after.
         lent = getattr(self, "_is_fsdp_managed_module", False) or hasattr(weight, "ds_id")
-        plain = "_fastgpt_fused" in type(self).__dict__ and type(weight) is nn.Parameter and not lent
+        plain = original(type(layer)) is nn.Linear and type(weight) is nn.Parameter and not lent
         if not wanted or not plain or torch.compiler.is_compiling() or not is_ours(input, weight):
             return super().forward(input)
         kind = input.device.type
