@@ -3,14 +3,18 @@
 A block is a module whose only children are two layers with an activation (GELU) between them, or three with a gated
 one (GELU or SiLU), or one layer and its GELU, with dropouts anywhere. What its `forward` makes of them is not guessed
 from names: a copy of the block with tiny layers and telling dropouts is run beside the formula in fp64, and must give
-the same. So a block of an unknown model is taken as well as a known one, and one that does something else between (a
-clip, a sum, another order) is left.
+the same, gradients too, and keep nothing. So a block of an unknown model is taken as well as a known one, and one
+that does something else between (a clip, a sum, another order) is left; and so is one whose code looks at what
+trying out cannot show: sizes, and what may change outside of it.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterator
 from itertools import permutations
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +95,8 @@ def find_roles(module: nn.Module) -> Roles | str | None:
     attributes = _attributes(module)
     if any(isinstance(value, Tensor) for value in attributes.values()):
         return "keeps a tensor that is neither parameter nor buffer"  # it may change in place
+    if any(_changing(module, attributes)):
+        return "looks at sizes, or at what may change outside of it"
     own_dtype = weight_and_bias(children[layers[0]])[0].dtype
     shapes = {name: weight_and_bias(children[name])[0].shape for name in layers}
     for order in permutations(layers):
@@ -117,6 +123,35 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {n: value for n, value in module.__dict__.items() if n not in _OF_EVERY_MODULE}
 
 
+_SIZES = {"shape", "size", "numel", "len", "in_features", "out_features", "nf"}
+
+
+def _changing(module: nn.Module, attributes: dict[str, Any]) -> Iterator[bool]:
+    """Of what the code of its forward reads: whether it may be other than it was in trying out, unseen by `_same`."""
+    forward: Any = inspect.unwrap(original(type(module)).forward)
+    names = set(forward.__code__.co_names)
+    yield bool(names & _SIZES)
+    around = inspect.getclosurevars(forward)
+    for value in (*around.globals.values(), *around.nonlocals.values()):
+        yield not (callable(value) or isinstance(value, ModuleType))
+    for name in names & attributes.keys():
+        value = attributes[name]
+        yield not callable(value) and (hasattr(value, "__dict__") or isinstance(value, _CONTAINERS))
+
+
+_CONTAINERS = (list, dict, set)
+
+
+def _kept(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Whether running it has left something: in what it has, or in a container of it."""
+    now = _attributes(module)
+    return now.keys() != before.keys() or any(
+        type(value) is not type(before[name])
+        or (len(value) != len(before[name]) if isinstance(value, _CONTAINERS) else value is not before[name])
+        for name, value in now.items()
+    )
+
+
 def _try_out(
     module: nn.Module,
     layers: tuple[str, ...],
@@ -138,7 +173,12 @@ def _try_out(
             p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
         return made
 
-    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    mine = _attributes(module)
+    tiny.__dict__ |= {
+        name: copy.copy(value) for name, value in mine.items() if isinstance(value, _CONTAINERS)
+    }
+    grad = torch.inference_mode(False), torch.enable_grad()
+    with torch.device("cpu"), grad[0], grad[1], torch.random.fork_rng(devices=[]):
         biased = [weight_and_bias(module._modules[name])[1] is not None for name in layers]  # type: ignore[arg-type]
         widths = (
             [(HIDDEN, WIDTH)]
@@ -155,11 +195,14 @@ def _try_out(
             torch.randn(6, WIDTH, generator=generator, dtype=torch.float64)
             * torch.logspace(-2, largest, 6)[:, None]
         )
-        x = x.view(*shape, WIDTH).to(dtype)
+        x = x.view(*shape, WIDTH).to(dtype).requires_grad_()
         try:
             got = tiny(x)
         except Exception:  # whatever it needs beside x: it is no MLP of x
             return None
+        if _kept(tiny, mine):
+            return None
+        leaves = [x, *(p for one in made for p in one.parameters())]
         act = _formula(module._modules[activation])
         for chosen in range(2 ** len(dropouts)):
             inner = tuple(name for i, name in enumerate(dropouts) if chosen >> i & 1)
@@ -172,7 +215,8 @@ def _try_out(
             y = hidden if len(layers) == 1 else made[-1](hidden)
             for name in outer:
                 y = y * factors[name]
-            if isinstance(got, Tensor) and got.dtype == dtype and got.shape == y.shape and _close(got, y):
+            same = isinstance(got, Tensor) and got.dtype == dtype and got.shape == y.shape and _close(got, y)
+            if same and (dtype != torch.float64 or _same_gradients(got, y, leaves)):
                 return inner, outer
     return None
 
@@ -182,6 +226,14 @@ def _close(got: Tensor, y: Tensor) -> bool:
         return bool(torch.isclose(got, y, rtol=1e-6).all())
     off, norm = ((t.double()).norm(dim=-1) for t in (got - y, y))  # of rows: in small ones the biases show
     return bool((off <= 16 * torch.finfo(y.dtype).eps * norm).all())
+
+
+def _same_gradients(got: Tensor, y: Tensor, leaves: list[Tensor]) -> bool:
+    if not got.requires_grad:
+        return False
+    dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    pairs = [torch.autograd.grad(out, leaves, dy, retain_graph=True, allow_unused=True) for out in (got, y)]
+    return all(a is not None and _close(a, b) for a, b in zip(*pairs, strict=True))
 
 
 class _Times(nn.Module):

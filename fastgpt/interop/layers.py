@@ -220,27 +220,33 @@ def is_rms_norm(module: nn.Module) -> bool:
     )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _is_rms_norm(module: nn.Module, shape: tuple[int, ...], training: bool, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (1, 6))
     weight, x = weight[0].to(dtype), (x * torch.logspace(-3, 3, 6, dtype=torch.float64)[:, None]).to(dtype)
+    leaves = [x.requires_grad_(), nn.Parameter(weight)]
     small: Any = copy.copy(module)
     small.__class__ = original(type(module))
     small.__dict__ = {
-        **module.__dict__, "_parameters": {"weight": nn.Parameter(weight)}, "training": training,
+        **module.__dict__, "_parameters": {"weight": leaves[1]}, "training": training,
     }  # fmt: skip
     try:
-        with torch.device("cpu"), torch.no_grad():
+        with torch.device("cpu"):
             got = small(x.view(*shape, 5))
     except Exception:  # it needs more than x
         return False
     if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != (*shape, 5):
         return False
     eps: Any = module.variance_epsilon
-    exact = weight * x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + eps)
-    return bool(
-        torch.isclose(got.double(), exact.view_as(got), 1e-4 if dtype == torch.float64 else 2e-2).all()
-    )
+    exact = leaves[1] * x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + eps)
+    if dtype != torch.float64:
+        return bool(torch.isclose(got.double(), exact.view_as(got), 2e-2).all())
+    if not got.requires_grad or not bool(torch.isclose(got, exact.view_as(got), 1e-4).all()):
+        return False
+    pairs = [torch.autograd.grad(y.sum(), leaves, allow_unused=True) for y in (got, exact)]
+    return all(a is not None and torch.allclose(a, b, 1e-3, 1e-6) for a, b in zip(*pairs, strict=True))
 
 
 def approximate_of(module: nn.Module) -> str | None:
