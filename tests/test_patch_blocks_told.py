@@ -1,4 +1,4 @@
-"""What looks like a known block or norm forward, and is none: by its gradients, what it keeps, what its code reads."""
+"""What looks like a known block or norm forward, and is none: gradients, what it keeps, what its code reads."""
 
 from __future__ import annotations
 
