@@ -16,7 +16,10 @@ from fastgpt._core.dispatch import BackendError, backends, explain, use_backend
 from fastgpt._core.memory import keep_large_blocks
 from fastgpt.generate import generate
 from fastgpt.interop import PatchReport, patch, unpatch
+from fastgpt.models.audio import AudioConfig, AudioEncoder
 from fastgpt.models.gpt import GPT, GPTConfig
+from fastgpt.models.multimodal import MultimodalGPT
+from fastgpt.models.vision import VisionConfig, VisionEncoder
 
 if TYPE_CHECKING:
     from fastgpt import testing
@@ -25,9 +28,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "AudioConfig",
+    "AudioEncoder",
     "BackendError",
     "GPTConfig",
+    "MultimodalGPT",
     "PatchReport",
+    "VisionConfig",
+    "VisionEncoder",
     "backends",
     "explain",
     "generate",

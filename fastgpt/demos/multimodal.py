@@ -17,7 +17,7 @@ from fastgpt.models.checkpoint import atomic_files, json_bytes
 from fastgpt.models.gpt import GPT, GPTConfig
 from fastgpt.models.multimodal import MultimodalGPT
 from fastgpt.tasks import encoders
-from fastgpt.tasks.digits import AUDIO, LABELS, VISION, handwritten, in_noise, noisy, spoken
+from fastgpt.tasks.digits import AUDIO, LABELS, VISION, WORDS, handwritten, in_noise, noisy, spoken
 from fastgpt.tasks.encoders import Labelled
 from fastgpt.tasks.multimodal import IMAGE, SOUND, Sample, answers, batch_of
 from fastgpt.train import checkpoint
@@ -35,6 +35,7 @@ QUESTIONS = {
 GOAL = 0.85  # of held-out answers, exactly
 RESULTS, PICTURE = "results.json", "samples.png"
 HELD_OUT = 600  # questions
+CHANCES = 50_000  # questions drawn, to know how far guessing goes
 
 
 def answer_to(question: str, written: int, said: int) -> str:
@@ -60,6 +61,10 @@ class Asked:
         parts = [f"written {image}", f"spoken {sound}"]
         first, second = parts if self.image_first else parts[::-1]
         return f"{first}\n{second}\n{self.question}\nAnswer:"
+
+    def in_words(self) -> str:
+        """What is written as a digit, what is spoken as a word."""
+        return self.prompt(str(self.written), WORDS[self.said])
 
 
 def asked(draw: random.Random) -> Asked:
@@ -98,9 +103,7 @@ def text_batches(tokenizer: BPETokenizer, model: MultimodalGPT, batch_size: int,
     draw = random.Random(seed)
     while True:
         questions = [asked(draw) for _ in range(batch_size)]
-        samples = [
-            Sample(one.prompt(str(one.written), str(one.said)), f" {one.answer}\n") for one in questions
-        ]
+        samples = [Sample(one.in_words(), f" {one.answer}\n") for one in questions]
         yield batch_of(model, tokenizer, samples)[:2]
 
 
@@ -114,16 +117,19 @@ def exact(questions: Sequence[Asked], given: Sequence[str]) -> dict[str, float]:
     return {name: right[name] / count[name] for name in [*QUESTIONS, "all"] if count[name]}
 
 
-def chance(questions: Sequence[Asked], image: bool) -> dict[str, float]:
-    """The fraction that the best guess gets right which knows of the image (or, if not, the sound) alone nothing."""
-    right: Counter[tuple[str, int]] = Counter()
+def chance(image: bool) -> dict[str, float]:
+    """How often the best guess is right that knows all but the image (or, if not `image`, the sound)."""
+    draw = random.Random(0)
     tables: dict[tuple[str, int], Counter[str]] = {}
-    for one in questions:
-        tables.setdefault((one.question, one.said if image else one.written), Counter())[one.answer] += 1
+    for _ in range(CHANCES):
+        one = asked(draw)
+        known = one.said if image else one.written
+        tables.setdefault((one.question, known), Counter())[one.answer] += 1
+    right, count = Counter[str](), Counter[str]()
     for (question, _), answers_of in tables.items():
-        right[question, 0] += max(answers_of.values())
-        right[question, 1] += answers_of.total()
-    return {name: right[name, 0] / right[name, 1] for name in QUESTIONS if QUESTIONS[name][0 if image else 1]}
+        right[question] += max(answers_of.values())
+        count[question] += answers_of.total()
+    return {name: right[name] / count[name] for name, needs in QUESTIONS.items() if needs[0 if image else 1]}
 
 
 def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
@@ -150,7 +156,7 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     heard = encoders.train(audio, sounds, tried, training(300, 2e-3), noisy)[-1]["accuracy"]
 
     draw = random.Random(seed)
-    corpus = "\n".join(f"{one.prompt('1', '2')} {one.answer}" for one in (asked(draw) for _ in range(500)))
+    corpus = "\n".join(f"{one.in_words()} {one.answer}" for one in (asked(draw) for _ in range(500)))
     tokenizer = BPETokenizer.train(corpus, 320, (IMAGE, SOUND))
     torch.manual_seed(seed)
     text = GPT(GPTConfig(tokenizer.vocab_size, 96, 4, 3, 64))
@@ -159,10 +165,10 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     }
     model = MultimodalGPT(text, vision=vision, audio=audio, **tokens)  # type: ignore[arg-type]
     test, held = Source(held_images, held_sounds, seed + 1).samples(HELD_OUT)
-    words = [Sample(one.prompt(str(one.written), str(one.said))) for one in test]
+    words = [Sample(one.in_words()) for one in test]
     print("Text alone: the same questions about digits in words.")
     fit(
-        text, text_batches(tokenizer, model, 64, seed), training(800, 2e-3),
+        text, text_batches(tokenizer, model, 64, seed), training(800, 3e-3),
         lambda: {"exact_match": exact(test, answers(model, tokenizer, words))["all"]},
     )  # fmt: skip
     alone = {"vision": seen, "audio": heard, "text": exact(test, answers(model, tokenizer, words))["all"]}
@@ -193,7 +199,7 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     }
     results = {
         "alone": alone, "projectors": projected, "joint": exact(test, given), "blank": blank,
-        "chance": {"images": chance(test, True), "sounds": chance(test, False)},
+        "chance": {"images": chance(True), "sounds": chance(False)},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
     model.save_pretrained(out / "model")
@@ -259,8 +265,8 @@ def picture(test: Sequence[Asked], held: Sequence[Sample], given: Sequence[str],
     axes = figure.subplots(2 * rows, len(QUESTIONS), squeeze=False, height_ratios=[2, 1] * rows)
     for n, i in enumerate(chosen):
         top, below = axes[2 * (n % rows)][n // rows], axes[2 * (n % rows) + 1][n // rows]
-        top.imshow(held[i].images[0][0], cmap="gray_r")
-        below.plot(held[i].sounds[0], linewidth=0.4)
+        top.imshow(held[i].images[0][0].numpy(), cmap="gray_r")
+        below.plot(held[i].sounds[0].numpy(), linewidth=0.4)
         right = given[i] == test[i].answer
         top.set_title(f"{test[i].question}\n{given[i]}", fontsize=8, color="black" if right else "red")
         below.set_xlabel(f"says {LABELS[test[i].said]}", fontsize=8)

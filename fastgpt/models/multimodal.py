@@ -31,7 +31,7 @@ class Projector(nn.Module):
         self.first, self.second = nn.Linear(dim, text_dim), nn.Linear(text_dim, text_dim)
         self.backend = backend
         nn.init.normal_(self.first.weight, std=dim**-0.5)
-        nn.init.normal_(self.second.weight, std=std)  # features of the size of embeddings
+        nn.init.normal_(self.second.weight, std=std)  # features about as large as embeddings
         nn.init.zeros_(self.first.bias)
         nn.init.zeros_(self.second.bias)
 
@@ -91,8 +91,9 @@ class MultimodalGPT(nn.Module):
         config = self.text.config
         if encoder is None:
             return None
+        size = float(self.text.wte.weight.detach().std())
         return Projector(
-            encoder.config.embedding_dim, config.embedding_dim, std=0.02 * config.embedding_dim**-0.5,
+            encoder.config.embedding_dim, config.embedding_dim, std=size * config.embedding_dim**-0.5,
             backend=config.backend,
         )  # fmt: skip
 
