@@ -46,9 +46,8 @@ def run(out: Path, seed: int = 0, language_steps: int = 600, steps: int = 300) -
     """Learn the language, then the chapters, and name those of others; 1 if the commonest would do as well."""
     checkpoint.check_can_save(out, (TRAIN, TEST, PREDICTIONS, RESULTS))
     lines = paragraphs()
-    held_out = set(random.Random(seed).sample(range(len(lines)), len(lines) // 5))
-    train = [line for i, line in enumerate(lines) if i not in held_out]
-    test = [lines[i] for i in sorted(held_out)]
+    random.Random(seed).shuffle(lines)
+    test, train = lines[: len(lines) // 5], lines[len(lines) // 5 :]
     write_examples(out, train, test)
     begun, used = time.perf_counter(), time.process_time()
     _learn_language(out / LANGUAGE, [line["text"] for line in train], language_steps, seed)

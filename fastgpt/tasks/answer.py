@@ -46,8 +46,9 @@ def f1(made: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _prompt(fields: Fields, where: str) -> str:
+    # The question first: a model that reads from left to right then knows what to look for in the context.
     context = f"Context: {text_field(fields, 'context', where).strip()}\n" if "context" in fields else ""
-    return f"{context}Question: {text_field(fields, 'question', where).strip()}\nAnswer:"
+    return f"Question: {text_field(fields, 'question', where).strip()}\n{context}Answer:"
 
 
 TASK = Prompted("answer", _prompt, "answer", scores)
