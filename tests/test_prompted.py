@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def test_questions_have_contexts_or_none() -> None:
     prompt = answer.TASK.prompt
     assert (
         prompt({"question": "Who?", "context": "Tom.", "answer": "Tom"}, "")
-        == "Context: Tom.\nQuestion: Who?\nAnswer:"
+        == "Question: Who?\nContext: Tom.\nAnswer:"
     )
     assert prompt({"question": "Who?"}, "") == "Question: Who?\nAnswer:"
     with pytest.raises(ValueError, match='f:1: expected some text, got an empty "context"'):
@@ -218,21 +220,26 @@ def test_what_the_demos_try_is_in_nothing_that_they_learn(
     assert not [line for line in test if line["source"] in texts or line["target"] in texts]
     answer_demo.run(tmp_path / "answer", 0)
     train, test = made["answer"]
+    assert len(test) > 0.9 * answer_demo.TRIED
+    assert not {line["context"] for line in test} & {line["context"] for line in train}
+    fact = {
+        form.format(name=name, value=value): (kind, name, value)
+        for kind, (values, forms, _) in answer_demo.FACTS.items()
+        for form, name, value in itertools.product(forms, answer_demo.NAMES, values)
+    }
 
-    def facts(line: dict[str, str]) -> set[str]:
-        return set(line["context"].split(". "))
+    def sentences(text: str) -> list[tuple[str, str, str]]:
+        return [fact[sentence] for sentence in re.split(r"(?<=\.) ", text)]
 
-    told = set[str]().union(*(facts(line) for line in train))
-    about = [
-        [s for s in facts(line) if line["answer"] in s and line["question"].split()[-1].strip("?") in s]
-        for line in test
-    ]
-    assert (
-        sum(bool(found) for found in about) > len(test) // 4
-    )  # name and value in one sentence: the fact asked for
-    for line, found in zip(test, about, strict=True):
-        assert line["answer"] in line["context"]
-        assert not set(found) & told
+    for line in [*test, *train]:
+        told, questions = sentences(line["context"]), re.split(r"(?<=\?) ", line["question"])
+        for (kind, name, value), question in zip(sentences(line["answer"]), questions, strict=True):
+            assert (kind, name, value) in told
+            assert (name in question) != (value in question)
+            # Nothing else in the passage answers the question.
+            assert [(k, n) for k, n, _ in told].count((kind, name)) == 1
+            assert [v for _, _, v in told].count(value) == 1
+    assert all(line["question"].count("?") == 1 for line in test)
 
 
 @pytest.mark.parametrize(
