@@ -59,6 +59,9 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert set(info.get_all("Provides-Extra") or []) == {
         "cli",
         "train",
+        "media",
+        "tasks",
+        "demos",
         "triton",
         "test",
         "lint",
