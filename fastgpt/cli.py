@@ -224,56 +224,6 @@ def _show(prompt: str, pieces: Iterator[str], timer: Timer) -> int:
     return 0
 
 
-def perplexity(
-    model: str,
-    text: tuple[Path, ...],
-    window: int | None = None,
-    stride: int | None = None,
-) -> int:
-    """Measure how well a model foresees a text: the exponential of its mean loss in nats per token.
-
-    Args:
-        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
-        text: UTF-8 text files.
-        window: Tokens that the model sees at once; its context when not given.
-        stride: How far the window moves; half of it when not given.
-    """
-    import time
-
-    from fastgpt.generate import perplexity as measured
-    from fastgpt.tasks.text import Speed, bytes_of, read_bandwidth, text_tokens
-    from fastgpt.train import checkpoint
-
-    gpt, tokenizer = checkpoint.load(model)
-    tokens = text_tokens(tokenizer, text)
-    started = time.perf_counter()
-    value, count, windows = measured(gpt, tokens, window=window, stride=stride)
-    seconds = time.perf_counter() - started
-    speed = Speed(count, seconds, windows * bytes_of(gpt), read_bandwidth(tokens.device))
-    print(f"perplexity {value:.4f}; {speed}")
-    return 0
-
-
-def quantize(model: str, text: tuple[Path, ...] = (), report: bool = False) -> int:
-    """Show what keeping a model's weights in bf16 or int8 saves, and what it costs in perplexity.
-
-    Nothing is written: weights are rounded when a model is loaded (`fastgpt generate --weights int8`).
-
-    Args:
-        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
-        text: UTF-8 text files to measure on; without any, the tail of Python's language reference.
-        report: Measure the perplexity (minutes, for a large model).
-    """
-    from fastgpt.tasks.quantize import table
-    from fastgpt.train import checkpoint
-
-    if text and not report:
-        raise ValueError("text: expected it with --report, and only there")
-    gpt, tokenizer = checkpoint.load(model)
-    print(table(gpt, tokenizer, text if report else None))
-    return 0
-
-
 def demo(out: Path = Path("demo-out"), steps: int = 300, minutes: float = 5.0, seed: int = 0) -> int:
     """Train one small GPT three ways (reference, stock PyTorch, fused) and compare losses and speed.
 
@@ -327,9 +277,9 @@ def doctor(table: bool = False) -> int:
 COMMANDS = {
     f.__name__.replace("_", "-"): f
     for f in (
-        train, encoders.train_vision, encoders.train_audio, generate, perplexity, quantize, tasks.translate,
-        tasks.answer, tasks.classify, demo, demos.demo_multimodal, demos.demo_translate, demos.demo_answer,
-        demos.demo_classify, check, doctor,
+        train, encoders.train_vision, encoders.train_audio, generate, tasks.perplexity, tasks.quantize,
+        tasks.translate, tasks.answer, tasks.classify, demo, demos.demo_multimodal, demos.demo_translate,
+        demos.demo_answer, demos.demo_classify, check, doctor,
     )
 }  # fmt: skip
 

@@ -78,6 +78,13 @@ def check_same(module: nn.Module, call: Any, inputs: list[Tensor]) -> PatchRepor
     return report
 
 
+def patched(model: Any, **options: Any) -> Any:
+    """A patched copy."""
+    other = copy.deepcopy(model)
+    fastgpt.patch(other, **options)
+    return other
+
+
 def outcome(call: Callable[[], Any]) -> Any:
     """A call's result, or the class of what it raises."""
     try:

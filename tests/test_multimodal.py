@@ -110,6 +110,8 @@ def test_parts_learn_at_rates_of_their_own_and_0_freezes() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     batch = batch_of(model, TOKENIZER, mixed())
     rates = {"vision": 0.0, "text": 0.0, "audio": 1e-4}
+    modes = list[tuple[bool, bool]]()
+    model.vision.register_forward_hook(lambda *_: modes.append((model.vision.training, model.audio.training)))
     fit(
         model,
         iter([batch] * 3),
@@ -118,6 +120,7 @@ def test_parts_learn_at_rates_of_their_own_and_0_freezes() -> None:
         rates=rates,
         progress=False,
     )
+    assert modes == [(False, True)] * 3
     moved: dict[str, float] = {}
     for name, p in model.named_parameters():
         part = name.partition(".")[0]
@@ -128,7 +131,7 @@ def test_parts_learn_at_rates_of_their_own_and_0_freezes() -> None:
     with pytest.raises(
         ValueError, match="rates: expected rates >= 0 for text, vision, audio, image_projector"
     ):
-        fit(model, iter([batch]), TrainConfig(steps=1), dict, rates={"eyes": 0.1}, progress=False)
+        fit(model, iter([batch]), TrainConfig(steps=1), dict, rates={"eyes": 0.0}, progress=False)
 
 
 def test_files_bring_the_whole_and_each_part_back(tmp_path: Path) -> None:

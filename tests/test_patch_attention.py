@@ -23,12 +23,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def patched(model: Any, **options: Any) -> Any:
-    other = copy.deepcopy(model)
-    fastgpt.patch(other, **options)
-    return other
-
-
 def names(model: Any) -> set[str]:
     """What the attentions of a Llama call."""
     return {layer.self_attn.config._attn_implementation for layer in model.model.layers}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from typing import Any
 
 import hugging_face_models as made
 import pytest
 import torch
+from patch_helpers import patched
 from torch import Tensor, nn
 
 import fastgpt
@@ -18,12 +18,6 @@ from fastgpt.interop.attention import attention
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-
-
-def patched(model: Any, **options: Any) -> Any:
-    other = copy.deepcopy(model)
-    fastgpt.patch(other, **options)
-    return other
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_helpers import shaken
+from patch_helpers import outcome, shaken
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -73,15 +73,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in ("layer_norm", "rms_norm", "gelu", "softmax", "linear"):
             patched.setattr(ops, name, watched(name))
         yield names
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return call()
-    except Exception as error:
-        return type(error)
 
 
 def check_agrees(module: nn.Module, call: Callable[[nn.Module], Any]) -> Any:

@@ -147,7 +147,7 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
             weight_decay=0.05, eval_every=steps, log_every=max(1, steps // 20),
         )  # fmt: skip
 
-    (images, held_images), (sounds, held_sounds) = handwritten(seed), spoken(seed)
+    (images, held_images), (sounds, held_sounds) = handwritten().split(1 / 4, seed), spoken(seed)
     vision, audio = encoders.make(VISION, seed), encoders.make(AUDIO, seed)
     print(f"Images alone: {len(images.labels)} handwritten digits, {len(held_images.labels)} held out.")
     seen = encoders.train(vision, images, held_images, training(1000, 2e-3))[-1]["accuracy"]

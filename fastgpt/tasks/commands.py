@@ -1,4 +1,5 @@
-"""The commands of the tasks: `fastgpt translate | answer | classify`, learn from a file, or work through one."""
+"""The commands of the tasks: `fastgpt translate | answer | classify` learn from a file, or work through one;
+`perplexity | quantize` measure a model."""
 
 from __future__ import annotations
 
@@ -100,6 +101,56 @@ def classify(
     if encoder is not None:
         return _told(encoders.classify_file(encoder, data, out, batch=batch), out)
     return _told(task.classify_file(*task.load(Path(model)), data, out, batch=batch), out)
+
+
+def perplexity(
+    model: str,
+    text: tuple[Path, ...],
+    window: int | None = None,
+    stride: int | None = None,
+) -> int:
+    """Measure how well a model foresees a text: the exponential of its mean loss in nats per token.
+
+    Args:
+        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
+        text: UTF-8 text files.
+        window: Tokens that the model sees at once; its context when not given.
+        stride: How far the window moves; half of it when not given.
+    """
+    import time
+
+    from fastgpt.generate import perplexity as measured
+    from fastgpt.tasks.text import Speed, bytes_of, read_bandwidth, text_tokens
+    from fastgpt.train import checkpoint
+
+    gpt, tokenizer = checkpoint.load(model)
+    tokens = text_tokens(tokenizer, text)
+    started = time.perf_counter()
+    value, count, windows = measured(gpt, tokens, window=window, stride=stride)
+    seconds = time.perf_counter() - started
+    speed = Speed(count, seconds, windows * bytes_of(gpt), read_bandwidth(tokens.device))
+    print(f"perplexity {value:.4f}; {speed}")
+    return 0
+
+
+def quantize(model: str, text: tuple[Path, ...] = (), report: bool = False) -> int:
+    """Show what keeping a model's weights in bf16 or int8 saves, and what it costs in perplexity.
+
+    Nothing is written: weights are rounded when a model is loaded (`fastgpt generate --weights int8`).
+
+    Args:
+        model: Directory that `fastgpt train` or transformers wrote (GPT-2), or a name on the Hugging Face hub.
+        text: UTF-8 text files to measure on; without any, the tail of Python's language reference.
+        report: Measure the perplexity (minutes, for a large model).
+    """
+    from fastgpt.tasks.quantize import table
+    from fastgpt.train import checkpoint
+
+    if text and not report:
+        raise ValueError("text: expected it with --report, and only there")
+    gpt, tokenizer = checkpoint.load(model)
+    print(table(gpt, tokenizer, text if report else None))
+    return 0
 
 
 def _prompted(

@@ -32,14 +32,14 @@ PEAK = 0.5
 SHIFT, LOUDEST, FAINTEST = 0.15, 5.0, 30.0  # seconds of silence before; dB of the signal over the noise
 
 
-def handwritten(seed: int = 0) -> tuple[Labelled, Labelled]:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels (Alpaydin, Kaynak 1998), -1 to 1; (learned, a quarter held out)."""
+def handwritten() -> Labelled:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels (Alpaydin, Kaynak 1998), in -1 to 1."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(data.target, dtype=torch.int64)
-    return Labelled(list(images), labels).split(1 / 4, seed)
+    return Labelled(list(images), labels)
 
 
 def spoken(seed: int = 0, takes: int = 4) -> tuple[Labelled, Labelled]:

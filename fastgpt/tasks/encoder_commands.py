@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from fastgpt.tasks.options import ENCODER, ENCODER_LEARNING, EncoderSizes, Learning
 
 if TYPE_CHECKING:
     from fastgpt.models.audio import AudioConfig
@@ -18,54 +21,38 @@ def train_vision(
     image_size: int = 32,
     patch_size: int = 4,
     channels: Literal[1, 3] = 3,
-    embedding_dim: int = 64,
-    num_heads: int = 4,
-    num_layers: int = 3,
-    dropout: float = 0.1,
-    steps: int = 1000,
-    batch_size: int = 64,
-    lr: float = 2e-3,
-    held_out: float = 0.25,
-    bf16: bool = False,
-    seed: int = 0,
+    sizes: EncoderSizes = ENCODER,
+    learning: Learning = ENCODER_LEARNING,
 ) -> int:
     """Train an encoder of images to name what they show.
 
     Args:
         data: JSONL of lines with an "image" (a path, from the file's directory) and a "label"; without it,
-            scikit-learn's handwritten digits, whose size the model then has.
+            scikit-learn's handwritten digits, 8 x 8 pixels of one channel.
         out: Directory for the encoder.
         image_size: Pixels of a side; other images are resampled, with a note.
         patch_size: Pixels of a patch's side.
         channels: 3 for colours, 1 for grey.
-        embedding_dim: Width of the model.
-        num_heads: Attention heads a layer.
-        num_layers: Transformer blocks.
-        dropout: Probability, on every branch.
-        steps: Updates of the weights.
-        batch_size: Images a batch.
-        lr: Peak learning rate (AdamW).
-        held_out: Fraction of the images that is not trained on; without data a quarter.
-        bf16: Compute in bfloat16 by autocast.
-        seed: Of the initial weights, of the order of the images, and of which are held out.
+        sizes: The encoder.
+        learning: How to learn.
     """
-    from dataclasses import replace
-
     from fastgpt.models.vision import VisionConfig
     from fastgpt.tasks import digits, encoders
 
-    sizes: dict[str, Any] = {
-        "embedding_dim": embedding_dim, "num_heads": num_heads, "num_layers": num_layers, "dropout": dropout
-    }  # fmt: skip
     if data is None:
-        config, (learned, kept) = replace(digits.VISION, **sizes), digits.handwritten(seed)
+        if (image_size, patch_size, channels) != (32, 4, 3):
+            raise ValueError(
+                "data: expected it with sizes of images, got none: those of the digits are given"
+            )
+        labels, image_size, patch_size, channels = digits.LABELS, 8, 2, 1
     else:
         labels = encoders.labels_of(data)
-        config = VisionConfig(
-            image_size=image_size, patch_size=patch_size, channels=channels, labels=labels, **sizes
-        )
-        learned, kept = encoders.read(data, config).split(held_out, seed)
-    return _train(config, learned, kept, None, out, steps, batch_size, lr, bf16, seed)
+    config = VisionConfig(
+        image_size=image_size, patch_size=patch_size, channels=channels, labels=labels, **asdict(sizes)
+    )
+    all_of_it = digits.handwritten() if data is None else encoders.read(data, config)
+    learned, kept = all_of_it.split(learning.held_out, learning.seed)
+    return _train(config, learned, kept, None, out, learning)
 
 
 def train_audio(
@@ -74,16 +61,8 @@ def train_audio(
     max_seconds: float = 10.0,
     mels: int = 40,
     pool: int = 10,
-    embedding_dim: int = 96,
-    num_heads: int = 4,
-    num_layers: int = 3,
-    dropout: float = 0.1,
-    steps: int = 400,
-    batch_size: int = 64,
-    lr: float = 2e-3,
-    held_out: float = 0.25,
-    bf16: bool = False,
-    seed: int = 0,
+    sizes: EncoderSizes = ENCODER,
+    learning: Learning = ENCODER_LEARNING,
 ) -> int:
     """Train an encoder of sounds to name what they say.
 
@@ -94,52 +73,44 @@ def train_audio(
         max_seconds: Longest sound.
         mels: Bands of the spectrogram.
         pool: Frames of 20 ms that become one position.
-        embedding_dim: Width of the model.
-        num_heads: Attention heads a layer.
-        num_layers: Transformer blocks.
-        dropout: Probability, on every branch.
-        steps: Updates of the weights.
-        batch_size: Sounds a batch.
-        lr: Peak learning rate (AdamW).
-        held_out: Fraction of the sounds that is not trained on.
-        bf16: Compute in bfloat16 by autocast.
-        seed: Of the initial weights, of the order of the sounds, and of which are held out.
+        sizes: The encoder.
+        learning: How to learn.
     """
     from fastgpt.models.audio import AudioConfig
     from fastgpt.tasks import digits, encoders
 
     labels = digits.LABELS if data is None else encoders.labels_of(data)
-    config = AudioConfig(
-        max_seconds=max_seconds, mels=mels, pool=pool, embedding_dim=embedding_dim, num_heads=num_heads,
-        num_layers=num_layers, dropout=dropout, labels=labels,
-    )  # fmt: skip
-    if data is None:
-        learned, kept = digits.spoken(seed)
-        kept = digits.in_noise(kept, seed)
-    else:
-        learned, kept = encoders.read(data, config).split(held_out, seed)
-    change = digits.noisy if data is None else None
-    return _train(config, learned, kept, change, out, steps, batch_size, lr, bf16, seed)
+    config = AudioConfig(max_seconds=max_seconds, mels=mels, pool=pool, labels=labels, **asdict(sizes))
+    if data is not None:
+        learned, kept = encoders.read(data, config).split(learning.held_out, learning.seed)
+        return _train(config, learned, kept, None, out, learning)
+    learned, kept = digits.spoken(learning.seed)
+    return _train(config, learned, digits.in_noise(kept, learning.seed), digits.noisy, out, learning)
 
 
 def _train(
-    config: VisionConfig | AudioConfig, learned: Labelled, kept: Labelled, change: Change | None, out: Path,
-    steps: int, batch_size: int, lr: float, bf16: bool, seed: int,
-) -> int:  # fmt: skip
+    config: VisionConfig | AudioConfig,
+    learned: Labelled,
+    kept: Labelled,
+    change: Change | None,
+    out: Path,
+    learning: Learning,
+) -> int:
     from fastgpt.tasks import encoders
     from fastgpt.train.checkpoint import check_can_save
     from fastgpt.train.loop import TrainConfig
 
     check_can_save(out)
-    encoder = encoders.make(config, seed)
+    encoder = encoders.make(config, learning.seed)
     parameters = sum(p.numel() for p in encoder.parameters())
     print(
         f"{parameters:,} parameters, {len(config.labels)} labels; {len(learned.labels)} to learn from,"
         f" {len(kept.labels)} held out"
     )
+    lr, steps = 2e-3 if learning.lr is None else learning.lr, learning.steps
     training = TrainConfig(
-        steps=steps, batch_size=batch_size, lr=lr, min_lr=lr / 100, warmup=max(1, steps // 10), bf16=bf16, seed=seed,
-        log_every=max(1, steps // 20), eval_every=max(1, steps // 5),
+        steps=steps, batch_size=learning.batch_size, lr=lr, min_lr=lr / 100, warmup=max(1, steps // 10),
+        bf16=learning.bf16, seed=learning.seed, log_every=max(1, steps // 20), eval_every=max(1, steps // 5),
     )  # fmt: skip
     started = time.perf_counter()
     records = encoders.train(encoder, learned, kept, training, change)

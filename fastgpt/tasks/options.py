@@ -47,3 +47,20 @@ class Fresh:
 
 
 LEARNING, FRESH = Learning(), Fresh()  # what is done where nothing else is said
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """An encoder of images or sounds."""
+
+    embedding_dim: int = 64
+    """Width of the model."""
+    num_heads: int = 4
+    """Attention heads a layer."""
+    num_layers: int = 3
+    """Transformer blocks."""
+    dropout: float = 0.1
+    """Probability, on every branch."""
+
+
+ENCODER, ENCODER_LEARNING = EncoderSizes(), Learning(steps=600, batch_size=64, lr=2e-3, held_out=0.25)

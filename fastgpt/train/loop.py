@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +70,7 @@ def make_optimizer(
     """AdamW in PyTorch's fused form; weight decay on matrices only, not on biases and norms.
 
     `rates` are peak learning rates of children of the model, by name, other than the config's; the schedule is the
-    same. A child with rate 0 has no place in the optimizer; who wants to save its gradients freezes it.
+    same. A child with rate 0 has no place in the optimizer.
     """
     rates = dict(rates or {})
     unknown = sorted(set(rates) - {name for name, _ in model.named_children()})
@@ -178,40 +177,16 @@ def fit(
     Args:
         source: batches; `model(*batch)` is the loss.
         evaluate: what else to record every `eval_every` steps and after the last.
-        rates: learning rates of parts of the model, as for `make_optimizer`; those with 0 are frozen meanwhile.
+        rates: learning rates of parts of the model, as for `make_optimizer`; those with 0 are
+            frozen meanwhile, and without dropout.
         unit: what is counted: elements of the first tensor of a batch ("tokens"), or its rows ("images", ...).
     """
-    frozen = [part for part, rate in (rates or {}).items() if rate == 0]
-    with _without_gradients(model, frozen):
-        return _fit(model, source, config, evaluate, rates, unit, device, on_record, progress)
-
-
-@contextmanager
-def _without_gradients(model: nn.Module, parts: Sequence[str]) -> Iterator[None]:
-    """These children's parameters require none; afterwards as before."""
-    held = [p for part in parts for p in getattr(model, part).parameters() if p.requires_grad]
-    for p in held:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in held:
-            p.requires_grad_(True)
-
-
-def _fit(
-    model: nn.Module,
-    source: Iterator[Batch],
-    config: TrainConfig,
-    evaluate: Callable[[], Record],
-    rates: Mapping[str, float] | None,
-    unit: str,
-    device: str,
-    on_record: Callable[[Record], None] | None,
-    progress: bool,
-) -> list[Record]:
     model.to(device).train()
     optimizer = make_optimizer(model, config, rates)
+    frozen = [getattr(model, part).eval() for part, rate in (rates or {}).items() if rate == 0]
+    held = [p for part in frozen for p in part.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
     source = on_device(device, source)
     records: list[Record] = []
     bar = _progress_bar(config.steps) if progress else None
@@ -245,6 +220,8 @@ def _fit(
             if on_record is not None:
                 on_record(record)
     finally:
+        for p in held:
+            p.requires_grad_(True)
         if bar is not None:
             bar.close()
     return records
