@@ -56,7 +56,9 @@ class LimitMeter:
             name = str(dtype).removeprefix("torch.")
             sizes, ways = SQUARES[device.type], _worth_measuring(dtype, device)
             self.work[name] = {
-                f"{m}x{m}x{m}{way}": (_product(m, dtype, device, way), 2.0 * m**3) for m in sizes for way in ways
+                f"{m}x{m}x{m}{way}": (_product(m, dtype, device, way), 2.0 * m**3)
+                for m in sizes
+                for way in ways
             }
 
     def measure(self, seconds: float = 2.0) -> Limits:
