@@ -78,7 +78,7 @@ class LimitMeter:
         return {name: self.work[name][measured[name]["way"]] for name in sorted(set(names))}
 
 
-PLAIN, TRANSPOSED, WIDENED = "", " transposed", " in fp32"  # ways to multiply
+PLAIN, WIDENED = "", " in fp32"  # ways to multiply
 
 
 def _worth_measuring(dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -86,7 +86,7 @@ def _worth_measuring(dtype: torch.dtype, device: torch.device) -> list[str]:
     takes a hundred times as long as fp32, minutes at the sizes that are measured."""
     if dtype == torch.float32 or device.type != "cpu":
         return [PLAIN]
-    steps = {way: _product(256, dtype, device, way) for way in (PLAIN, TRANSPOSED, WIDENED)}
+    steps = {way: _product(256, dtype, device, way) for way in (PLAIN, WIDENED)}
     taken = {way: timing.seconds.p20 for way, timing in measure(steps, device, seconds=0.1).items()}
     return [way for way in steps if taken[way] < 4 * min(taken.values())]
 
@@ -96,8 +96,6 @@ def _product(m: int, dtype: torch.dtype, device: torch.device, way: str) -> Call
     out = torch.empty(m, m, dtype=dtype, device=device)
     if way == WIDENED:
         return lambda _: out.copy_(torch.mm(a.float(), b.float()))
-    if way == TRANSPOSED:
-        return lambda _: torch.mm(a, b.T, out=out)
     return lambda _: torch.mm(a, b, out=out)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
+from fastgpt._core.validate import positive
 from fastgpt.ops.linear import APPROXIMATE as ACTIVATIONS  # name -> `approximate` of ops.gelu
-from fastgpt.positions import PositionalEncoding, RotaryEmbedding, positive
+from fastgpt.positions import PositionalEncoding, RotaryEmbedding
 
 __all__ = [
     "GELU",

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
-
-
-def positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    return value
+from fastgpt._core.validate import positive
 
 
 class PositionalEncoding(nn.Module):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from fastgpt import cli
 from fastgpt.testing.cli import run_check
 
 MINE = """
@@ -101,3 +103,49 @@ def test_a_wrong_name_is_one_line(arguments: dict[str, str], message: str) -> No
     with pytest.raises(ValueError, match=message) as raised:
         run_check(**arguments)
     assert "\n" not in str(raised.value)
+
+
+HALVED = """
+from fastgpt.reference.gelu import gelu
+
+def half(x, bias=None, approximate="none"):
+    return 0.5 * gelu(x, bias, approximate=approximate)
+"""
+
+
+def test_the_printed_repro_runs_one_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "halved_gelu.py").write_text(HALVED)
+    monkeypatch.chdir(tmp_path)
+    args = ["--op", "gelu", "--dtype", "fp32", "--implementation", "halved_gelu:half"]
+    assert cli.main(["check", *args]) == 1
+    repro = next(line for line in capsys.readouterr().out.splitlines() if "fastgpt check" in line)
+    command = shlex.split(repro)
+    assert cli.main(command[1:]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert failed
+    assert all(line.split()[1] == command[-1] for line in failed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("{}['key']", "KeyError: 'key'"),
+    ],
+)
+def test_a_broken_module_of_the_users_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / "broken_module.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "--op", "gelu", "--implementation", "broken_module:f"]) == 2
+    line = capsys.readouterr().err.rstrip("\n")
+    assert "\n" not in line
+    assert f"implementation: broken_module cannot be imported: {message}" in line

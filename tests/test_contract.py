@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fastgpt.reference.common",
     ),  # kernels by name, when asked for
     "fastgpt.ops": ("fastgpt.ops", "fastgpt._core", "fastgpt.reference"),
-    "fastgpt.positions": ("fastgpt.ops", "fastgpt._core.dispatch"),
+    "fastgpt.positions": ("fastgpt.ops", "fastgpt._core.dispatch", "fastgpt._core.validate"),
     "fastgpt.nn": ("fastgpt.ops", "fastgpt.positions", "fastgpt._core.dispatch", "fastgpt._core.validate"),
     "fastgpt.models": _MODEL,
     "fastgpt.decoding": (*_MODEL, "fastgpt_kernels.cpu.decode"),

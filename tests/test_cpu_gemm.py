@@ -193,9 +193,7 @@ def test_small_products_and_few_columns_are_the_library_s(monkeypatch: pytest.Mo
     monkeypatch.setattr(gemm, "_AMD", True)
     for level in LEVELS:
         load_cpu().set_isa(level)
-        assert gemm.faster(torch.float32, 2048, 1024, 768) == (level != "generic")
-        assert gemm.faster(torch.float32, 2048, 768, 768) == level.startswith("avx512")  # MKL's on AVX2
-        assert gemm.faster(torch.float32, 304, 768, 768) == (level != "generic")
+        assert gemm.faster(torch.float32, 2048, 768, 768) == (level != "generic")
         assert gemm.faster(torch.float16, 2048, 768, 768) == (level != "generic")
         assert gemm.faster(torch.bfloat16, 2048, 768, 768) == (level == "avx512_bf16")
         assert not gemm.faster(torch.float32, 64, 64, 64)

@@ -336,6 +336,25 @@ def test_without_espeak_it_says_what_to_install(
     assert "espeak-ng is not installed: apt install espeak-ng" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["vision", "--device", "tpu"], "device: expected cpu, cuda or auto, got 'tpu'"),
+        (["vision", "--image-size", "16"], "data: expected it with sizes of images, got none"),
+        (
+            ["audio", "--held-out", "0.1"],
+            "held_out: expected it with data, got none: whole voices are held out",
+        ),
+    ],
+    ids=["device", "image-size", "held-out"],
+)
+def test_an_option_that_can_not_be_followed_is_an_error(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *options, "--out", str(tmp_path / "m")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_two_words_are_one_command() -> None:
     assert cli.one_name(["train", "vision", "--steps", "3"]) == ["train-vision", "--steps", "3"]
     assert cli.one_name(["train", "text", "--steps", "3"]) == ["train", "--steps", "3"]

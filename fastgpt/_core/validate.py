@@ -76,6 +76,13 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def positive(name: str, value: Any) -> int:
+    """`value`, an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    return value
+
+
 def number(name: str, value: Any) -> float:
     """`value` as a float."""
     if type(value) is float:

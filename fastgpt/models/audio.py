@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt._core.validate import positive
 from fastgpt.models.encoder import Encoder, EncoderConfig, check_floats
 from fastgpt.nn import PositionalEncoding
 
@@ -32,9 +33,7 @@ class AudioConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("mels", "pool"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            positive(name, getattr(self, name))
         if not 0 < self.max_seconds <= 3600:
             raise ValueError(f"max_seconds: expected a number in (0, 3600], got {self.max_seconds!r}")
 

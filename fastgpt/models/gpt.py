@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgpt import ops
 from fastgpt._core.dispatch import Backend
+from fastgpt._core.validate import positive
 from fastgpt.models import checkpoint, hugging_face
 from fastgpt.nn import ACTIVATIONS, Block, LayerNorm, PositionalEncoding
 
@@ -62,8 +63,8 @@ class GPTConfig:
             value = getattr(self, name)
             if name == "hidden_dim" and value is None:
                 object.__setattr__(self, name, 4 * self.embedding_dim)
-            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            else:
+                positive(name, value)
         if self.embedding_dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embedding_dim={self.embedding_dim}, got {self.num_heads}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt._core.validate import positive
 from fastgpt.models.encoder import Encoder, EncoderConfig, check_floats
 
 POOLS = ("mean", "class")
@@ -26,9 +27,7 @@ class VisionConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("image_size", "patch_size", "channels"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            positive(name, getattr(self, name))
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size: expected a divisor of image_size={self.image_size}, got {self.patch_size}"

@@ -74,8 +74,7 @@ def _prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     validate.floating("qkv", qkv)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads: expected an integer >= 1, got {num_heads!r}")
+    validate.positive("num_heads", num_heads)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"qkv: expected [B, T, 3 * {num_heads} * D], got shape {tuple(qkv.shape)}")
     (qkv,) = validate.autocast(qkv)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastgpt.tasks.options import ENCODER, ENCODER_LEARNING, EncoderSizes, Learning
+from fastgpt.tasks.options import ENCODER, ENCODER_LEARNING, ENCODER_LR, EncoderSizes, Learning
 
 if TYPE_CHECKING:
     from fastgpt.models.audio import AudioConfig
@@ -44,13 +44,13 @@ def train_vision(
             raise ValueError(
                 "data: expected it with sizes of images, got none: those of the digits are given"
             )
-        labels, image_size, patch_size, channels = digits.LABELS, 8, 2, 1
+        config, all_of_it = replace(digits.VISION, **asdict(sizes)), digits.handwritten()
     else:
-        labels = encoders.labels_of(data)
-    config = VisionConfig(
-        image_size=image_size, patch_size=patch_size, channels=channels, labels=labels, **asdict(sizes)
-    )
-    all_of_it = digits.handwritten() if data is None else encoders.read(data, config)
+        config = VisionConfig(
+            image_size=image_size, patch_size=patch_size, channels=channels, labels=encoders.labels_of(data),
+            **asdict(sizes),
+        )  # fmt: skip
+        all_of_it = encoders.read(data, config)
     learned, kept = all_of_it.split(learning.held_out, learning.seed)
     return _train(config, learned, kept, None, out, learning)
 
@@ -84,6 +84,8 @@ def train_audio(
     if data is not None:
         learned, kept = encoders.read(data, config).split(learning.held_out, learning.seed)
         return _train(config, learned, kept, None, out, learning)
+    if learning.held_out != ENCODER_LEARNING.held_out:
+        raise ValueError("held_out: expected it with data, got none: whole voices are held out")
     learned, kept = digits.spoken(learning.seed)
     return _train(config, learned, digits.in_noise(kept, learning.seed), digits.noisy, out, learning)
 
@@ -98,22 +100,23 @@ def _train(
 ) -> int:
     from fastgpt.tasks import encoders
     from fastgpt.train.checkpoint import check_can_save
-    from fastgpt.train.loop import TrainConfig
+    from fastgpt.train.loop import TrainConfig, device_named
 
     check_can_save(out)
+    device = device_named(learning.device)
     encoder = encoders.make(config, learning.seed)
     parameters = sum(p.numel() for p in encoder.parameters())
     print(
         f"{parameters:,} parameters, {len(config.labels)} labels; {len(learned.labels)} to learn from,"
         f" {len(kept.labels)} held out"
     )
-    lr, steps = 2e-3 if learning.lr is None else learning.lr, learning.steps
+    lr, steps = ENCODER_LR if learning.lr is None else learning.lr, learning.steps
     training = TrainConfig(
         steps=steps, batch_size=learning.batch_size, lr=lr, min_lr=lr / 100, warmup=max(1, steps // 10),
         bf16=learning.bf16, seed=learning.seed, log_every=max(1, steps // 20), eval_every=max(1, steps // 5),
     )  # fmt: skip
     started = time.perf_counter()
-    records = encoders.train(encoder, learned, kept, training, change)
+    records = encoders.train(encoder, learned, kept, training, change, device=device)
     encoder.save_pretrained(out)
     seconds = time.perf_counter() - started
     print(f"held-out accuracy {records[-1]['accuracy']:.4f}, trained in {seconds:.0f} s; saved in {out}")

@@ -18,7 +18,7 @@ from fastgpt.nn import evaluating
 from fastgpt.tasks import classify, media
 from fastgpt.tasks.jsonl import Fields, Job, text_field
 from fastgpt.tasks.jsonl import read as read_lines
-from fastgpt.train.loop import Record, TrainConfig, fit
+from fastgpt.train.loop import Record, TrainConfig, fit, on_device
 
 Inputs = Sequence[Tensor]  # images [C, H, W], or waveforms [samples]
 Change = Callable[
@@ -94,10 +94,13 @@ def batches(
 
 @torch.no_grad()
 def predict(encoder: Encoder, inputs: Inputs, batch_size: int = 64) -> Tensor:
-    """The probabilities of the labels, fp32 [N, labels]."""
+    """The probabilities of the labels, fp32 [N, labels] on the CPU, computed where the encoder is."""
+    device = str(next(encoder.parameters()).device)
+    parts = (collate(inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size))
     with evaluating(encoder):
-        parts = [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
-        return torch.cat([encoder.classify(*collate(part)).float().softmax(dim=-1) for part in parts])
+        return torch.cat(
+            [encoder.classify(*part).float().softmax(dim=-1).cpu() for part in on_device(device, parts)]
+        )
 
 
 def accuracy(encoder: Encoder, data: Labelled) -> float:

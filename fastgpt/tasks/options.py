@@ -63,4 +63,5 @@ class EncoderSizes:
     """Probability, on every branch."""
 
 
-ENCODER, ENCODER_LEARNING = EncoderSizes(), Learning(steps=600, batch_size=64, lr=2e-3, held_out=0.25)
+ENCODER_LR = 2e-3
+ENCODER, ENCODER_LEARNING = EncoderSizes(), Learning(steps=600, batch_size=64, lr=ENCODER_LR, held_out=0.25)

@@ -11,7 +11,6 @@ from fastgpt_kernels.cpu.common import DTYPE_CODES, kernels
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}  # enum Activation in gemm.h
 _LEAST_ROWS, _LEAST_COLUMNS, _LEAST_PRODUCTS = 4, 512, 2**22
 _LEAST_SUMMED = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 128}
-_AVX2_COLUMNS, _AVX2_LARGE = 1024, 512
 _AMD = kernels.is_amd()
 
 
@@ -20,16 +19,13 @@ def faster(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
 
     In fp32 and fp16 with AVX2 or better; in bf16 where it is multiplied in pairs. Not for small products, whose host
     time counts, nor for few columns, which leave a thread without work, nor for sums of few products, where packing
-    takes longer. Where AVX2 is the best there is, MKL in fp32 is ahead with less than 1024 columns, unless there are
-    few rows or short sums.
+    takes longer.
     """
     if not _AMD or n < _LEAST_COLUMNS or m < _LEAST_ROWS or m * n * k < _LEAST_PRODUCTS:
         return False
     if k < _LEAST_SUMMED[dtype]:
         return False
     level = kernels.isa()
-    if level == "avx2" and dtype == torch.float32 and n < _AVX2_COLUMNS and min(m, k) >= _AVX2_LARGE:
-        return False
     return level == "avx512_bf16" if dtype == torch.bfloat16 else level != "generic"
 
 
