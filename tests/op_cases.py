@@ -46,6 +46,15 @@ class Variant(NamedTuple):
         """Whether a GPU's kernels run on this CPU, a thousand times slower."""
         return registry.EMULATED.get(self.backend, False)
 
+    @property
+    def thorough(self) -> bool:
+        """Whether every case meets every hazard here: kernels of our own, not emulated, at their best level.
+
+        The lower levels are the same sources compiled once more: there, and where PyTorch does the work, the hazards
+        take turns, but for `make test-all`.
+        """
+        return self.level is None and not self.emulated and self.backend not in ("torch", "reference")
+
     def enter(self) -> None:
         if self.level is not None:
             fastgpt_kernels.load_cpu().set_isa(self.level)
