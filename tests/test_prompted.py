@@ -235,7 +235,8 @@ def test_what_the_demos_try_is_in_nothing_that_they_learn(
         told, questions = sentences(line["context"]), re.split(r"(?<=\?) ", line["question"])
         for (kind, name, value), question in zip(sentences(line["answer"]), questions, strict=True):
             assert (kind, name, value) in told
-            assert name in question and value not in question
+            assert name in question
+            assert value not in question
             # Nothing else in the passage answers the question, and the passage is about two people.
             assert [k for k, _, _ in told].count(kind) == 1
             assert len({n for _, n, _ in told}) == 2
