@@ -137,3 +137,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "18 results written" in shown
     assert "of 18 lines: accuracy " in shown
     assert cli.main([*args, "--lr", "1"]) == 2
+    assert cli.main([*args, "--batch", "-1"]) == 2
+    assert "batch: expected an integer >= 1, got -1" in capsys.readouterr().err

@@ -72,6 +72,10 @@ def test_features_are_those_of_plain_bidirectional_blocks() -> None:
     torch.testing.assert_close(encoder(images, labels), F.cross_entropy(logits, labels), check_dtype=False)
 
 
+def test_no_images_have_no_features() -> None:
+    assert VisionEncoder(VISION)(torch.zeros(0, 3, 12, 12)).shape == (0, VISION.positions, 16)
+
+
 def test_every_patch_sees_every_other() -> None:
     encoder, images = VisionEncoder(VISION), torch.randn(1, 3, 12, 12)
     changed = images.clone()
@@ -121,6 +125,22 @@ def test_a_tone_is_loud_in_its_band_alone() -> None:
 def test_loudness_does_not_count() -> None:
     encoder, wave = AudioEncoder(AUDIO), tone(440.0)[None] + 0.1 * torch.randn(1, 4000)
     torch.testing.assert_close(encoder(wave), encoder(wave * 0.05), atol=1e-4, rtol=1e-4)
+
+
+def test_huge_samples_and_nan_behind_a_sound_leave_no_trace() -> None:
+    encoder, wave = AudioEncoder(AUDIO).eval(), tone(440.0)[None] + 0.1 * torch.randn(1, 4000)
+    torch.testing.assert_close(encoder(wave * 1e30), encoder(wave), atol=1e-4, rtol=1e-4)
+    behind = torch.nn.functional.pad(wave, (0, 100), value=torch.nan)
+    assert torch.equal(encoder(behind, torch.tensor([4000]))[:, : AUDIO.positions(4000)], encoder(wave))
+
+
+def test_the_spectrum_is_fp32_under_autocast() -> None:
+    encoder, wave, seen = AudioEncoder(AUDIO), torch.randn(1, 4000), []
+    encoder.log_mel = lambda *args: seen.append(AudioEncoder.log_mel(encoder, *args)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    encoder(wave)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(wave)
+    assert torch.equal(seen[0][0], seen[1][0])
 
 
 def test_convolutions_are_torch_s() -> None:
@@ -222,6 +242,7 @@ def hear(sounds: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor
         (lambda: see(torch.zeros(1, 3, 12, 9)), "images: expected shape [any, 3, 12, 12], got (1, 3, 12, 9)"),
         (lambda: see(torch.zeros(1, 3, 12, 12).byte()), "images: expected a floating dtype, got torch.uint8"),
         (lambda: see([1]), "images: expected a tensor, got list"),
+        (lambda: hear(torch.zeros(0, 9)), "sounds: expected at least one, got none"),
         (lambda: hear(torch.zeros(1, 0)), "sounds: expected 1 to 16000 samples, got 0"),
         (lambda: hear(torch.zeros(1, 16001)), "sounds: expected 1 to 16000 samples, got 16001"),
         (lambda: hear(torch.zeros(2, 9), [9, 10]), "lengths: expected 1 to 9 samples, got [9, 10]"),
@@ -299,6 +320,8 @@ def test_commands_learn_a_users_own_and_go_on_past_bad_lines(
         "--out",
         str(tmp_path / "out"),
     ]
+    assert cli.main(["classify", *where, "--batch", "0"]) == 2
+    assert "batch: expected an integer >= 1, got 0" in capsys.readouterr().err
     assert cli.main(["classify", *where]) == 0
     told = capsys.readouterr()
     assert "of 2 lines: accuracy 1, macro F1 1" in told.out
@@ -318,6 +341,12 @@ def test_commands_learn_a_users_own_and_go_on_past_bad_lines(
     assert "none: No such file or directory" in found[2]["error"]
     assert "broken: expected an" in found[3]["error"].replace("a sound", "an")
     assert f'data.jsonl:4: expected an object with a "{kind}" of text' in found[4]["error"]
+
+
+def test_one_label_is_nothing_to_learn(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png", "label": "x"}\n' * 2)
+    with pytest.raises(ValueError, match=r"t.jsonl: expected at least two labels, got x$"):
+        encoders.labels_of(tmp_path / "t.jsonl")
 
 
 def test_training_names_a_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ def write(path: Path, *lines: str) -> Path:
     ("line", "message"),
     [
         ("{", "expected JSON, got "),
+        ("[" * 100_000, "expected JSON, got "),
         ("\udcff", "expected JSON, got "),
         ('"a"', "expected a JSON object, got str"),
         ("{}", 'expected an object with a "a" of text, got the fields none'),

@@ -50,6 +50,71 @@ def test_transparent_pixels_are_black_and_colours_are_converted(tmp_path: Path) 
     assert media.image(saved(tmp_path / "g.png", numpy.zeros((8, 8))), VISION).shape == (3, 8, 8)
 
 
+def test_sixteen_bits_are_scaled_and_wider_ones_refused(tmp_path: Path) -> None:
+    ramp = numpy.arange(0, 65536, 1024).reshape(8, 8)
+    Image.fromarray(ramp.astype("uint16")).save(tmp_path / "ramp.tiff")
+    with pytest.warns(media.MediaNote, match=r"ramp.tiff: 16 bits a pixel brought to 8"):
+        got = media.image(tmp_path / "ramp.tiff", GRAY)
+    torch.testing.assert_close(got[0], torch.from_numpy(ramp // 256).float() / 127.5 - 1)
+    for dtype in ("float32", "int32"):
+        Image.fromarray(ramp.astype(dtype)).save(tmp_path / "wide.tiff")
+        with pytest.raises(ValueError, match=r"wide.tiff: expected a whole image file, got 32 bits a pixel"):
+            media.image(tmp_path / "wide.tiff", GRAY)
+
+
+def test_a_picture_is_upright_and_a_caller_s_own_stays_open(tmp_path: Path) -> None:
+    picture = Image.fromarray(numpy.repeat([[255], [0]], 4, axis=0).repeat(8, axis=1).astype("uint8"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / "turned.png", exif=exif)
+    got = media.image(tmp_path / "turned.png", GRAY)[0]
+    assert torch.equal(got, torch.tensor([-1.0, 1.0]).repeat_interleave(4).expand(8, 8))
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert torch.equal(media.image(opened, GRAY)[0], got)
+        opened.seek(0)
+
+
+def test_vast_and_damaged_images_are_told_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "vast.png", numpy.zeros((100, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"vast.png: expected a whole image file, got Image size"):
+        media.image(path, GRAY)
+    (tmp_path / "bad.ppm").write_bytes(b"P6 x")
+    with pytest.raises(ValueError, match=r"bad.ppm: expected"):
+        media.image(tmp_path / "bad.ppm", GRAY)
+
+
+@pytest.mark.parametrize(("rate", "message"), [(10, "10"), (100_000_007, "100000007")])
+def test_no_memory_is_taken_for_a_rate_that_cannot_be(rate: int, message: str, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "s.wav", numpy.zeros(20), rate)
+    with pytest.raises(ValueError, match=rf"s.wav: expected 1000 to 768000 samples a second, got {message}$"):
+        media.sound(tmp_path / "s.wav", AUDIO)
+
+
+def test_a_sound_that_is_cut_short_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, numpy.zeros(RATE), RATE)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"cut.wav: expected a whole sound file, got one that is cut short"):
+        media.sound(path, AUDIO)
+
+
+def test_the_longest_sound_fits_at_another_rate(tmp_path: Path) -> None:
+    config = replace(AUDIO, max_seconds=0.99999)
+    soundfile.write(tmp_path / "s.wav", numpy.zeros(22049), 22050)
+    with pytest.warns(media.MediaNote):
+        assert len(media.sound(tmp_path / "s.wav", config)) == config.max_samples
+
+
+def test_notes_of_a_job_are_counted_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "s.wav", numpy.zeros((500, 2)), 44100)
+    with media.notes_in_one():
+        media.sound(tmp_path / "s.wav", AUDIO)
+    assert "note: 1 files were brought" in capsys.readouterr().err
+
+
 def test_stereo_at_another_rate_becomes_the_same_tone(tmp_path: Path) -> None:
     t = numpy.arange(44100) / 44100
     tone = numpy.sin(2 * numpy.pi * 440 * t)
@@ -80,8 +145,8 @@ def test_padded_says_how_long_each_is() -> None:
         ("x.png", b"no image", "x.png: expected an image file, got something else"),
         ("cut.png", None, "cut.png: expected a whole image file, got"),
         ("x.wav", b"no sound", "x.wav: expected a sound file, got"),
-        ("none.wav", 0, "none.wav: expected a sound of up to 2.0 seconds, got 0.0"),
-        ("long.wav", 2 * RATE + 1, "long.wav: expected a sound of up to 2.0 seconds, got 2.0"),
+        ("none.wav", 0, "none.wav: expected a sound, got no samples"),
+        ("long.wav", 2 * RATE + 1, "long.wav: expected a sound of up to 2.0 seconds, got 2.00006"),
         ("nan.wav", numpy.nan, "nan.wav: expected finite samples, got NaN or infinity"),
     ],
 )

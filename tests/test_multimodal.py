@@ -148,6 +148,23 @@ def test_files_bring_the_whole_and_each_part_back(tmp_path: Path) -> None:
         MultimodalGPT.from_pretrained(tmp_path)
 
 
+def test_a_model_of_text_alone_comes_back(tmp_path: Path) -> None:
+    text = make().text
+    MultimodalGPT(text).save_pretrained(tmp_path)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(MultimodalGPT.from_pretrained(tmp_path)(tokens), text(tokens))
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_features_are_about_as_large_as_embeddings(positions: str) -> None:
+    text = GPT(GPTConfig(300, 64, 2, 1, 48, positions=positions))
+    model = MultimodalGPT(text, vision=VisionEncoder(VISION), image_token=1)
+    features, _ = model.features(torch.ones(1, 4, dtype=torch.int64), image()[None], None, None)
+    assert features is not None
+    scale = 8.0 if positions == "sinusoidal" else 1.0
+    assert 0.3 < float(features.detach().std() / (text.wte.weight.detach().std() * scale)) < 2
+
+
 def test_a_model_of_one_modality_has_no_part_for_the_other(tmp_path: Path) -> None:
     whole = make()
     model = MultimodalGPT(whole.text, audio=whole.audio, sound_token=SOUND_ID).eval()
@@ -219,6 +236,15 @@ def test_a_prompt_that_says_other_inputs_is_told() -> None:
         answers(model, TOKENIZER, [Sample(IMAGE, images=[image(), image()])])
     with pytest.raises(ValueError, match="sample 1: expected some text, got an empty prompt"):
         answers(model, TOKENIZER, [Sample("so"), Sample("")])
+    with pytest.raises(ValueError, match="sample 0: expected text after the last image or sound, got none"):
+        answers(model, TOKENIZER, [Sample(f"so {IMAGE}", images=[image()])])
+    with pytest.raises(ValueError, match="sample 1: answer: expected some text"):
+        batch_of(model, TOKENIZER, [Sample("so", "yes"), Sample("so")])
+    with pytest.raises(ValueError, match="samples: expected at least one, got none"):
+        batch_of(model, TOKENIZER, [])
+    first = MultimodalGPT(model.text, vision=model.vision, image_token=0)
+    with pytest.raises(ValueError, match="expected a model of which no image_token or sound_token is 0"):
+        prompt_ids(first, TOKENIZER, Sample("so"))
 
 
 def test_parts_and_tokens_belong_together() -> None:
@@ -229,5 +255,8 @@ def test_parts_and_tokens_belong_together() -> None:
         MultimodalGPT(model.text, vision=model.vision)
     with pytest.raises(ValueError, match="sound_token: expected another than the image_token"):
         MultimodalGPT(model.text, vision=model.vision, audio=model.audio, image_token=1, sound_token=1)
+    padded = GPT(GPTConfig(TOKENIZER.vocab_size, 16, 2, 2, 48, pad_idx=IMAGE_ID))
+    with pytest.raises(ValueError, match="image_token: expected another than pad_idx"):
+        MultimodalGPT(padded, vision=model.vision, image_token=IMAGE_ID)
     with pytest.raises(ValueError, match="image_token: expected an id in"):
         MultimodalGPT(model.text, vision=model.vision, image_token=10**6)

@@ -73,7 +73,8 @@ class AudioEncoder(Encoder):
 
     def encode(self, sounds: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        frames, there = self.log_mel(sounds, lengths)
+        with torch.autocast(sounds.device.type, enabled=False):  # a product of powers, from 1e-10 on
+            frames, there = self.log_mel(sounds, lengths)
         dtype = self.conv_1.weight.dtype
         x = self._convolve(self.conv_1, frames.to(dtype), 1) * there[..., None]
         x = self._convolve(self.conv_2, x, STRIDE)
@@ -90,6 +91,8 @@ class AudioEncoder(Encoder):
         """(frames fp32 [B, F, mels] in -1 to 1, where a sound's loudest is 1; which of them there are [B, F])."""
         check_floats("sounds", sounds, (None, None), self.filters.device)
         batch, samples = sounds.shape
+        if not batch:
+            raise ValueError("sounds: expected at least one, got none")
         if not 1 <= samples <= self.config.max_samples:
             raise ValueError(f"sounds: expected 1 to {self.config.max_samples} samples, got {samples}")
         if lengths is None:
@@ -100,7 +103,10 @@ class AudioEncoder(Encoder):
             )
         elif lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= samples)).all()):
             raise ValueError(f"lengths: expected 1 to {samples} samples, got {lengths.tolist()}")
-        sounds = sounds.float() * (torch.arange(samples, device=sounds.device) < lengths[:, None])
+        behind = torch.arange(samples, device=sounds.device) >= lengths[:, None]
+        sounds = sounds.float().masked_fill(behind, 0)
+        peak = sounds.abs().amax(dim=1, keepdim=True)
+        sounds = sounds / peak.clamp(min=1e-30)  # of very loud ones the power would be infinite
         before, frames = (WINDOW - HOP) // 2, math.ceil(samples / HOP)
         padded = nn.functional.pad(sounds, (before, WINDOW + (frames - 1) * HOP - samples - before))
         spectrum = torch.stft(

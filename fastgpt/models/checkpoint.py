@@ -85,7 +85,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """ValueError, by the name of the place, unless it is a JSON object."""
     try:
         value = json.loads(data)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested without end
         raise ValueError(f"{where}: expected JSON, got {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
@@ -133,7 +133,7 @@ def _load(path: str) -> dict[str, Tensor]:
 
 def check_tensors(path: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """ValueError unless `found` has the names and shapes of `expected`, and one dtype."""
-    first = next(iter(expected))
+    first = next(iter(expected), "")  # a model may have no tensors of its own
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(f"{path}: {name}: expected a tensor of shape {tuple(tensor.shape)}, got none")

@@ -75,6 +75,10 @@ class MultimodalGPT(nn.Module):
         for name, token, part in (("image", image_token, vision), ("sound", sound_token, audio)):
             if (token is None) != (part is None):
                 raise ValueError(f"{name}_token: expected one exactly where there is an encoder, got {token}")
+            if token is not None and token == text.config.pad_idx:
+                raise ValueError(
+                    f"{name}_token: expected another than pad_idx, which nothing sees, got {token}"
+                )
             if token is not None and not 0 <= token < text.config.vocab_size:
                 raise ValueError(
                     f"{name}_token: expected an id in [0, {text.config.vocab_size}), got {token}"
@@ -92,6 +96,8 @@ class MultimodalGPT(nn.Module):
         if encoder is None:
             return None
         size = float(self.text.wte.weight.detach().std())
+        if config.positions == "sinusoidal":
+            size *= config.embedding_dim**0.5  # as the embeddings are scaled
         return Projector(
             encoder.config.embedding_dim, config.embedding_dim, std=size * config.embedding_dim**-0.5,
             backend=config.backend,

@@ -73,7 +73,7 @@ class VisionEncoder(Encoder):
         p, n, batch = config.patch_size, size // config.patch_size, images.shape[0]
         # A convolution whose stride is its width is one product of the patches: [B, n, n, C, p, p].
         cut = images.to(weight.dtype).unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
-        rows = cut.reshape(batch, n * n, -1)
+        rows = cut.reshape(batch, n * n, config.channels * p * p)
         x = ops.linear(rows, weight, self.patches.bias, backend=config.backend) + self.positions
         if self.class_token is None:
             features = self.blocks(x)

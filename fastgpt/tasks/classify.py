@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgpt._core.validate import positive
 from fastgpt.models.classifier import Classifier
 from fastgpt.nn import evaluating
 from fastgpt.tasks.jsonl import Fields, Job, Line, read, text_field
@@ -66,6 +67,7 @@ def classify(
     model: Classifier, tokenizer: Tokenizer, texts: Sequence[str], *, batch: int = 16
 ) -> list[tuple[str, float]]:
     """(label, its probability) of each text, whatever texts are beside it; ValueError naming a bad `text`, from 1."""
+    positive("batch", batch)
     ids = [_ids(model, tokenizer, text, f"text {n}") for n, text in enumerate(texts, 1)]
     found = dict(_labelled(model, ids, list(range(len(ids))), batch))
     return [found[i] for i in range(len(ids))]
@@ -85,6 +87,8 @@ def classify_file(
     A result has "prediction" and "probability". Lines with labels that the model does not know have them, too; they
     are not scored, but named in `left_out`.
     """
+
+    positive("batch", batch)
 
     def ids(fields: Fields, where: str) -> list[int]:
         if "label" in fields:

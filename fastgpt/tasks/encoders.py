@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt._core.validate import positive
 from fastgpt.models import checkpoint
 from fastgpt.models.audio import AudioConfig, AudioEncoder
 from fastgpt.models.encoder import Encoder
@@ -46,7 +47,10 @@ class Labelled:
 def labels_of(path: Path) -> tuple[str, ...]:
     """The labels in a JSONL file, in alphabetical order."""
     lines = read_lines(path, lambda fields, where: text_field(fields, "label", where))
-    return tuple(sorted({line.value for line in lines}))
+    found = tuple(sorted({line.value for line in lines}))
+    if len(found) < 2:
+        raise ValueError(f"{path}: expected at least two labels, got {', '.join(found) or 'none'}")
+    return found
 
 
 def read(path: Path, config: VisionConfig | AudioConfig) -> Labelled:
@@ -95,6 +99,7 @@ def batches(
 @torch.no_grad()
 def predict(encoder: Encoder, inputs: Inputs, batch_size: int = 64) -> Tensor:
     """The probabilities of the labels, fp32 [N, labels] on the CPU, computed where the encoder is."""
+    positive("batch_size", batch_size)
     device = str(next(encoder.parameters()).device)
     parts = (collate(inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size))
     with evaluating(encoder):
@@ -111,6 +116,7 @@ def classify_file(
     encoder: Encoder, source: Path, target: Path, *, batch: int = 16, progress: bool = True
 ) -> classify.Predicted:
     """As `classify.classify_file`, of lines with an "image" or a "sound": a path, from the file's directory."""
+    positive("batch", batch)
     config = encoder.config
 
     def parse(fields: Fields, where: str) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import gcd
 from typing import Any
 
@@ -17,18 +17,23 @@ from fastgpt.models.audio import RATE, AudioConfig
 from fastgpt.models.vision import VisionConfig
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+RATES = 1000, 768_000  # samples a second, of files
 PATH = str | os.PathLike[str]
 
 
 class MediaNote(UserWarning):
-    """A file was not as the model takes it, and was brought to it."""
+    """A file, `name`, was not as the model takes it, and was brought to it."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(f"{name}: {what}")
+        self.name = name
 
 
 def image(source: PATH | Any, config: VisionConfig) -> Tensor:
     """fp32 [channels, image_size, image_size] in -1 to 1 of an image file or a Pillow image.
 
-    Other sizes, 1 x 1 too, are resampled (bicubic; what is not square is stretched), other colours converted;
-    transparency is laid on black.
+    Other sizes, 1 x 1 too, are resampled (bicubic; what is not square is stretched), other colours converted, 16 bits
+    a pixel brought to 8; transparency is laid on black, and what a camera says of its rotation is followed.
 
     Raises:
         OSError, ValueError: naming the file: it cannot be read, or is no image.
@@ -36,59 +41,87 @@ def image(source: PATH | Any, config: VisionConfig) -> Tensor:
     import numpy
     from PIL import Image, UnidentifiedImageError
 
-    name = "image" if isinstance(source, Image.Image) else os.fspath(source)
+    if config.channels not in MODES:
+        raise ValueError(f"config: expected a model of 1 or 3 channels, got {config.channels}")
+    ours = not isinstance(source, Image.Image)
+    name = os.fspath(source) if ours else "image"
     try:
-        with source if isinstance(source, Image.Image) else Image.open(source) as opened:
-            picture = (
-                opened.convert("RGBA") if "transparency" in opened.info or opened.mode == "LA" else opened
-            )
-            if picture.mode == "RGBA":
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
-            if config.channels not in MODES:
-                raise ValueError(f"{name}: expected a model of 1 or 3 channels, got {config.channels}")
-            picture = picture.convert(MODES[config.channels])
+        with Image.open(source) if ours else nullcontext(source) as opened:
+            picture = _converted(opened, MODES[config.channels], name)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: expected an image file, got something else") from None
-    except (OSError, SyntaxError) as error:  # Pillow's for a file that is cut short
+    # Pillow's for a file that is cut short, damaged, or vast
+    except (OSError, SyntaxError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
             raise
         raise ValueError(f"{name}: expected a whole image file, got {error}") from None
     size = config.image_size
     if picture.size != (size, size):
-        _note(f"{name}: {picture.width}x{picture.height} resampled to {size}x{size}")
+        _note(name, f"{picture.width}x{picture.height} resampled to {size}x{size}")
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.array(picture, dtype="float32")).view(size, size, config.channels)
     return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def _converted(opened: Any, mode: str, name: str) -> Any:
+    """A Pillow image as one of 8 bits a channel, upright, without transparency."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I;16"):  # which Pillow itself would clip at 255
+        _note(name, "16 bits a pixel brought to 8")
+        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype("uint8"))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(f"32 bits a pixel (Pillow's mode {picture.mode}), of which the range is not known")
+    if "transparency" in picture.info or picture.mode == "LA":
+        picture = picture.convert("RGBA")
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    return picture.convert(mode)
 
 
 def sound(source: PATH, config: AudioConfig) -> Tensor:
     """fp32 [samples] at 16 kHz of a sound file: several channels are averaged, other rates resampled.
 
     Silence is a sound like others. Raises OSError or ValueError that names the file: it cannot be read, is no sound,
-    has no samples, or more than the model takes.
+    was cut short (where its header says so), has no samples, or more than the model takes.
     """
     import soundfile
 
     name = os.fspath(source)
     with open(name, "rb") as file:  # the system's own error, if it cannot be read
         try:
-            data, rate = soundfile.read(file, dtype="float32", always_2d=True)
+            with soundfile.SoundFile(file) as opened:
+                rate = opened.samplerate
+                _check_sound(name, opened.frames, rate, opened.extra_info, config)  # before it takes memory
+                data = opened.read(dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, TypeError) as error:
             raise ValueError(f"{name}: expected a sound file, got {error}") from None
+    if not len(data):
+        raise ValueError(f"{name}: expected a sound, got no samples")
     if data.shape[1] > 1:
-        _note(f"{name}: {data.shape[1]} channels averaged")
+        _note(name, f"{data.shape[1]} channels averaged")
     mono = data.mean(axis=1)
-    if rate != RATE and len(mono):
-        _note(f"{name}: {rate} Hz resampled to {RATE} Hz")
-        mono = resampled(mono, rate)
-    if not 1 <= len(mono) <= config.max_samples:
-        raise ValueError(
-            f"{name}: expected a sound of up to {config.max_seconds} seconds, got {len(mono) / RATE:.1f}"
-        )
+    if rate != RATE:
+        _note(name, f"{rate} Hz resampled to {RATE} Hz")
+        mono = resampled(mono, rate)[: config.max_samples]  # a part of a sample may be rounded up
     wave = torch.from_numpy(mono)
     if not bool(wave.isfinite().all()):
         raise ValueError(f"{name}: expected finite samples, got NaN or infinity")
     return wave
+
+
+def _check_sound(name: str, frames: int, rate: int, header: str, config: AudioConfig) -> None:
+    low, high = RATES
+    if not low <= rate <= high:
+        raise ValueError(f"{name}: expected {low} to {high} samples a second, got {rate}")
+    if "(should be" in header:  # libsndfile's, where a header tells of more than there is
+        raise ValueError(f"{name}: expected a whole sound file, got one that is cut short")
+    if frames > config.max_seconds * rate:
+        raise ValueError(
+            f"{name}: expected a sound of up to {config.max_seconds} seconds, got {frames / rate:.6g}"
+        )
 
 
 def resampled(samples: Any, rate: int) -> Any:
@@ -112,14 +145,15 @@ def notes_in_one() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MediaNote)
         yield
-    notes = [warning for warning in caught if issubclass(warning.category, MediaNote)]
+    notes = [warning for warning in caught if isinstance(warning.message, MediaNote)]
     for other in caught:
         if other not in notes:
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     if notes:
-        text = f"note: {len(notes)} files were brought to what the model takes; the first: {notes[0].message}"
+        files = len({note.message.name for note in notes if isinstance(note.message, MediaNote)})
+        text = f"note: {files} files were brought to what the model takes; the first: {notes[0].message}"
         print(text, file=sys.stderr)
 
 
-def _note(text: str) -> None:
-    warnings.warn(text, MediaNote, stacklevel=3)
+def _note(name: str, what: str) -> None:
+    warnings.warn(MediaNote(name, what), stacklevel=3)

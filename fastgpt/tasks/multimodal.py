@@ -39,7 +39,8 @@ def prompt_ids(
     """The tokens of a prompt, as many for each image and each sound as they have features.
 
     Raises:
-        ValueError: by the name of the place, unless images and sounds are as many as the text says.
+        ValueError: by the name of the place, unless images and sounds are as many as the text says, and text follows
+            the last: what the answer is begun from is a token.
     """
     lengths: dict[int | None, list[int]] = {}
     if model.vision is not None:
@@ -56,18 +57,29 @@ def prompt_ids(
             raise ValueError(
                 f"{where}: expected as many inputs as {name} in the text, {asked}, got {len(given)}"
             )
+    if 0 in lengths:
+        raise ValueError(
+            f"{where}: expected a model of which no image_token or sound_token is 0, which fills up"
+        )
+    if ids[-1] in lengths:
+        raise ValueError(f"{where}: expected text after the last image or sound, got none")
     left = {token: iter(counts) for token, counts in lengths.items()}
     return [i for token in ids for i in ([token] * next(left[token]) if token in left else [token])]
 
 
 def batch_of(model: MultimodalGPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> Batch:
     """What the model is called with to learn the answers: tokens, targets, images, sounds and their lengths."""
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
     found = [
-        Example(prompt_ids(model, tokenizer, sample), encode(tokenizer, sample.answer, "answer"))
-        for sample in samples
+        Example(
+            prompt_ids(model, tokenizer, sample, f"sample {i}"),
+            encode(tokenizer, sample.answer, f"sample {i}: answer"),
+        )
+        for i, sample in enumerate(samples)
     ]
-    for example in found:
-        example.check(model.config.max_seq_length, "prompt")
+    for i, example in enumerate(found):
+        example.check(model.config.max_seq_length, f"sample {i}")
     return (*collate(found), *_inputs(samples))
 
 
