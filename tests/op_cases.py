@@ -47,7 +47,7 @@ class Variant(NamedTuple):
         """Whether a GPU's kernels run on this CPU, a thousand times slower."""
         return registry.EMULATED.get(self.backend, False)
 
-    def in_turn(self, dtype: torch.dtype, case: Case) -> bool:
+    def left_out(self, dtype: torch.dtype, case: Case) -> bool:
         """Whether `make test` leaves a case to `make test-all`.
 
         The two 16-bit dtypes of an emulated kernel share their source: every second case is proven in the one, every

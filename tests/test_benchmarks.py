@@ -259,7 +259,7 @@ def test_a_patched_model_is_timed_where_it_gives_the_same(
     wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
+        pytest.skip("needs transformers")
     model = ("tiny", lambda: (hugging_face_models.model("gpt2"), hugging_face_models.inputs("gpt2")))
     monkeypatch.setitem(patched.MODELS, "patched_gpt2", model)
     monkeypatch.setattr(

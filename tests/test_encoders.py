@@ -242,6 +242,7 @@ def hear(sounds: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor
         (lambda: see(torch.zeros(1, 3, 12, 9)), "images: expected shape [any, 3, 12, 12], got (1, 3, 12, 9)"),
         (lambda: see(torch.zeros(1, 3, 12, 12).byte()), "images: expected a floating dtype, got torch.uint8"),
         (lambda: see([1]), "images: expected a tensor, got list"),
+        (lambda: AudioEncoder(AUDIO)([1]), "sounds: expected a tensor, got list"),
         (lambda: hear(torch.zeros(0, 9)), "sounds: expected at least one, got none"),
         (lambda: hear(torch.zeros(1, 0)), "sounds: expected 1 to 16000 samples, got 0"),
         (lambda: hear(torch.zeros(1, 16001)), "sounds: expected 1 to 16000 samples, got 16001"),

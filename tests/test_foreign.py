@@ -20,7 +20,7 @@ from fastgpt.testing.cli import load
 from fastgpt.testing.report import HAZARDS, Report
 
 ROOT = Path(__file__).parents[1]
-needs_liger = pytest.mark.skipif(foreign.missing() is not None, reason=f"{foreign.missing()}")
+needs_liger = pytest.mark.skipif(foreign.missing() is not None, reason="needs liger-kernel and Triton")
 
 
 def test_pytorchs_ops_have_names_that_a_line_can_repeat() -> None:

@@ -23,7 +23,7 @@ from fastgpt.models.gpt import GPT, IGNORE_INDEX, GPTConfig
 
 SIZES = {"vocab_size": 97, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
 needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
 )
 
 

@@ -19,7 +19,7 @@ from benchmarks.offline_compile import specialise
 from fastgpt._core import registry
 from fastgpt._core.spec import Case
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler, not its interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler")
 
 SIZES = (1, 2, 15, 16, 17, 64, 1000, 4096)
 FEW = 16  # query tokens up to which attention decodes, with blocks that may depend on their number

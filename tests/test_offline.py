@@ -23,7 +23,7 @@ from benchmarks.offline_calls import Call
 from benchmarks.offline_compile import ARCHS, Row, Specialisation, compile_row, dots, faults, specialise
 from fastgpt._core import registry
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler, not its interpreter")
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler")
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_TRITON = [s.name for s in registry.ops() if not s.kernels and registry.is_written(s.name, "triton")]
@@ -66,7 +66,7 @@ def test_every_shipped_kernel_is_in_the_table_that_is_kept() -> None:
     """As it is now: each was compiled for every architecture, and nothing was wrong."""
     recorded = offline.recorded_rows()
     if not recorded:
-        pytest.skip(f"needs Triton 3.6.0 or 3.7.1, whose tables are kept; here is {triton.__version__}")
+        pytest.skip("needs Triton 3.6.0 or 3.7.1")
     jobs, failures = offline.record_all(offline_calls.calls(), ARCHS)
     assert not failures
     missing = [f"{what.name} {what.arch} [{names[0]}]" for what, names in jobs if what.hash() not in recorded]
@@ -109,7 +109,7 @@ def test_all_shipped_kernels_with_the_oldest_triton(tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
     done = subprocess.run([*install, f"triton=={version}"], capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"needs triton {version}, which pip cannot get: {done.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(f"needs Triton {version}")
     assert run_offline(tmp_path, "--no-cuda", python_path=str(site))["triton"] == version
 
 

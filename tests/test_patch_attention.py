@@ -18,9 +18,7 @@ from torch import Tensor, nn
 import fastgpt
 from fastgpt import ops
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 
 
 def names(model: Any) -> set[str]:

@@ -15,9 +15,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.interop import layers, register_attention
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of a dtype's rounding beside fp64, as in test_patch.py; the unpatched models' are up to 25 and 15.
 UNITS = {torch.float32: 100.0, torch.bfloat16: 25.0}

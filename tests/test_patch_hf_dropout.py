@@ -13,9 +13,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.interop.attention import attention
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 
 
 # --- dropout ---

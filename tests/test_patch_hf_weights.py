@@ -15,9 +15,7 @@ import fastgpt
 from fastgpt import ops
 from fastgpt.interop.attention import attention
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class AudioEncoder(Encoder):
 
     def encode(self, sounds: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        with torch.autocast(sounds.device.type, enabled=False):  # a product of powers, from 1e-10 on
+        with torch.autocast(self.filters.device.type, enabled=False):  # a product of powers, from 1e-10 on
             frames, there = self.log_mel(sounds, lengths)
         dtype = self.conv_1.weight.dtype
         x = self._convolve(self.conv_1, frames.to(dtype), 1) * there[..., None]

@@ -17,7 +17,8 @@ from fastgpt.models.audio import RATE, AudioConfig
 from fastgpt.models.vision import VisionConfig
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
-RATES = 1000, 768_000  # samples a second, of files
+SIXTEEN_BITS = "I;16"  # what Pillow's modes of a 16-bit channel begin with
+FILE_RATES = 1000, 768_000  # samples a second
 PATH = str | os.PathLike[str]
 
 
@@ -46,8 +47,11 @@ def image(source: PATH | Any, config: VisionConfig) -> Tensor:
     ours = not isinstance(source, Image.Image)
     name = os.fspath(source) if ours else "image"
     try:
-        with Image.open(source) if ours else nullcontext(source) as opened:
-            picture = _converted(opened, MODES[config.channels], name)
+        opening: Any = Image.open(source) if ours else nullcontext(source)
+        with opening as opened:
+            if opened.mode.startswith(SIXTEEN_BITS):
+                _note(name, "16 bits a pixel brought to 8")
+            picture = _converted(opened, MODES[config.channels])
     except UnidentifiedImageError:
         raise ValueError(f"{name}: expected an image file, got something else") from None
     # Pillow's for a file that is cut short, damaged, or vast
@@ -63,14 +67,13 @@ def image(source: PATH | Any, config: VisionConfig) -> Tensor:
     return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
-def _converted(opened: Any, mode: str, name: str) -> Any:
+def _converted(opened: Any, mode: str) -> Any:
     """A Pillow image as one of 8 bits a channel, upright, without transparency."""
     import numpy
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(opened)
-    if picture.mode.startswith("I;16"):  # which Pillow itself would clip at 255
-        _note(name, "16 bits a pixel brought to 8")
+    if picture.mode.startswith(SIXTEEN_BITS):  # which Pillow itself would clip at 255
         picture = Image.fromarray((numpy.asarray(picture) >> 8).astype("uint8"))
     elif picture.mode in ("I", "F"):
         raise ValueError(f"32 bits a pixel (Pillow's mode {picture.mode}), of which the range is not known")
@@ -113,7 +116,7 @@ def sound(source: PATH, config: AudioConfig) -> Tensor:
 
 
 def _check_sound(name: str, frames: int, rate: int, header: str, config: AudioConfig) -> None:
-    low, high = RATES
+    low, high = FILE_RATES
     if not low <= rate <= high:
         raise ValueError(f"{name}: expected {low} to {high} samples a second, got {rate}")
     if "(should be" in header:  # libsndfile's, where a header tells of more than there is

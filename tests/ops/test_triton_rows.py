@@ -18,7 +18,7 @@ from fastgpt._core.spec import Case
 from fastgpt.reference.philox import keep_mask
 
 interpreted = pytest.mark.interpreter
-recorded_only = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler, not its interpreter")
+recorded_only = pytest.mark.skipif(INTERPRETING, reason="needs Triton's compiler")
 
 FORWARD = ("layer_norm_fwd", "softmax_fwd")
 BACKWARD = ("layer_norm_bwd", "softmax_bwd", "softmax_dmask")
